@@ -1,0 +1,99 @@
+"""One training step: forward, backward, update, over as many micro-batches as memory asks for."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpt import dist
+from mmpt.batch import Batch, Tokens, concatenate
+from mmpt.engine.build import Engine, StepResult
+from mmpt.methods.method import Term, loss_of
+
+
+def train_step(engine: Engine, micro_batches: list[Batch], lr: float) -> tuple[StepResult, dict[str, Term]]:
+    """One optimizer step on this rank's share of the global batch, given in micro-batches on the device.
+
+    Returns what the step did and the terms of the loss as local (sum, count), detached and still on the device.
+    """
+    totals = total_counts(engine, micro_batches)
+    if len(micro_batches) > 1 and engine.method.couples_pairs:
+        terms = _cached_backward(engine, micro_batches, totals)
+    else:
+        terms = _plain_backward(engine, micro_batches, totals)
+    return engine.step(lr), terms
+
+
+def total_counts(engine: Engine, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """The divisor of each term: its count over all ranks and micro-batches, known before the first backward."""
+    counts = [engine.method.counts(batch) for batch in micro_batches]
+    names = sorted(counts[0])
+    local = torch.tensor([sum(count[name] for count in counts) for name in names], dtype=torch.float32)
+    return dict(zip(names, dist.sum_over_ranks(local.to(engine.device)), strict=True))
+
+
+def _plain_backward(engine: Engine, micro_batches: list[Batch], totals: dict[str, Tensor]) -> dict[str, Term]:
+    """Terms that do not couple pairs add up over micro-batches, each divided by the same totals."""
+    parts = []
+    for i, batch in enumerate(micro_batches):
+        terms = engine("terms", batch)
+        engine.backward(loss_of(terms, totals, dist.world_size()), last=i + 1 == len(micro_batches))
+        parts.append({name: Term(t.sum.detach(), t.count, t.weight) for name, t in terms.items()})
+    return {
+        name: Term(sum(p[name].sum for p in parts), sum(p[name].count for p in parts), term.weight)
+        for name, term in parts[0].items()
+    }
+
+
+def _cached_backward(engine: Engine, micro_batches: list[Batch], totals: dict[str, Tensor]) -> dict[str, Term]:
+    """All negatives with the memory of one micro-batch.
+
+    Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (2021), section 3: encode
+    every micro-batch without a graph, take the loss's gradient with respect to all features at once, then encode each
+    micro-batch again, with the same random state, and send its slice of that gradient through.
+    """
+    states, cached = [], []
+    with torch.no_grad():
+        for batch in micro_batches:
+            states.append(random_state(engine.device))
+            cached.append(engine("encode", batch))
+    features = [_leaf(parts) for parts in zip(*cached, strict=True)]
+    terms = engine("objective", *features)
+    engine.backward(loss_of(terms, totals, dist.world_size()), last=False)
+    gradients = [_values(feature).grad / engine.loss_scale for feature in features]  # type: ignore[operator]
+    starts = [0] * len(features)
+    for i, batch in enumerate(micro_batches):
+        set_random_state(states[i], engine.device)
+        replayed = [_values(feature) for feature in engine("encode", batch)]
+        surrogate = replayed[0].new_zeros(())
+        for k, x in enumerate(replayed):
+            surrogate = surrogate + (x * gradients[k][starts[k] : starts[k] + len(x)]).sum()
+            starts[k] += len(x)
+        engine.backward(surrogate, last=i + 1 == len(micro_batches))
+    return {name: Term(term.sum.detach(), term.count, term.weight) for name, term in terms.items()}
+
+
+def _leaf(parts: tuple[Any, ...]) -> Any:
+    """The features of all micro-batches as one, cut off from what made them."""
+    if isinstance(parts[0], Tokens):
+        whole = concatenate(parts)
+        return whole.with_x(whole.x.detach().requires_grad_())
+    return torch.cat(parts).detach().requires_grad_()
+
+
+def _values(feature: Any) -> Tensor:
+    return feature.x if isinstance(feature, Tokens) else feature
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """The state that dropout and stochastic depth draw from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
