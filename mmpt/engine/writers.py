@@ -1,0 +1,98 @@
+"""Where records go: the console, metrics.jsonl and TensorBoard. Rank 0 only; the other ranks hold a writer that is off.
+
+On resume, records of steps after the checkpoint are dropped from metrics.jsonl and hidden on TensorBoard, so that a
+curve never runs twice through the same step.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from mmpt import dist
+
+TENSORBOARD_GROUPS = {
+    "loss": "train",
+    "learning_rate": "train",
+    "grad_norm": "train",
+    "skipped_steps": "train",
+    "epoch": "train",
+    "samples": "train",
+    "memory_gib": "system",
+    "data_wait_share": "system",
+    "samples_per_second": "system",
+    "samples_per_second_per_device": "system",
+    "step_seconds_p50": "system",
+    "step_seconds_p95": "system",
+    "step_seconds_max": "system",
+}
+"""Everything else is a term of the loss ("terms/") or has its group in its own name ("eval/...")."""
+
+
+class Writers:
+    """Open with the step that training continues from (0 for a new run)."""
+
+    def __init__(self, run_dir: Path, start_step: int, total_steps: int):
+        self.on = dist.rank() == 0
+        if not self.on:
+            return
+        self._jsonl = run_dir / "metrics.jsonl"
+        drop_records_after(self._jsonl, start_step)
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, max_queue=100)
+        self._console = Console(soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("train", total=total_steps, completed=start_step)
+        self._progress.start()
+
+    def say(self, text: str) -> None:
+        """One line on the console."""
+        if self.on:
+            self._console.print(text, markup=False, highlight=False)
+
+    def advance(self, step: int) -> None:
+        if self.on:
+            self._progress.update(self._task, completed=step)
+
+    def record(self, step: int, values: dict[str, float], shown: tuple[str, ...]) -> None:
+        """One record at this step: all of it to the files, the `shown` ones to the console."""
+        if not self.on:
+            return
+        with open(self._jsonl, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            tag = name if "/" in name else f"{TENSORBOARD_GROUPS.get(name, 'terms')}/{name}"
+            self._tensorboard.add_scalar(tag, value, step)
+        numbers = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
+        self.say(f"step {step}  {numbers}")
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """A text on TensorBoard, such as the recipe."""
+        if self.on:
+            self._tensorboard.add_text(name, f"<pre>{text}</pre>", step)
+
+    def close(self) -> None:
+        if self.on:
+            self._progress.stop()
+            self._tensorboard.close()
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Keep the records up to this step; a half-written last line is dropped too. The file is replaced at once."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text("".join(kept))
+    os.replace(replacement, path)

@@ -1,0 +1,161 @@
+"""A run, whole: one method, one data mixture, one optimiser, one engine, and how long.
+
+A recipe is a function in mmpt/recipes/ that returns a `Recipe`; `--recipe filip.vit_l14` names it, flags change single
+fields, and the resolved tree is saved in the run directory as recipe.yaml, which `--recipe` takes too.
+"""
+
+import argparse
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mmpt.recipes
+from mmpt import config
+from mmpt.data.loader import DataConfig
+from mmpt.engine.build import EngineConfig
+from mmpt.engine.optim import OptimConfig
+from mmpt.evals.suite import EvalConfig
+from mmpt.methods.method import MethodConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str
+    """Run directory: recipe, metrics, TensorBoard, checkpoints and report live here; an existing run is continued."""
+    global_batch: int
+    """Pairs per optimizer step, over all ranks and micro-batches."""
+    samples: int
+    """Train until this many pairs were seen, counting repeats."""
+    seed: int = 0
+    """Keys the sample order, every random choice about a sample, initial weights and dropout."""
+    init: str | None = None
+    """Start from the weights of this run directory or checkpoint (fine-tuning), with a new optimizer and data state."""
+    log_every_steps: int = 10
+    """Steps between records in metrics.jsonl and TensorBoard; ranks and device synchronise only then."""
+    checkpoint_every_steps: int = 1000
+    """Steps between checkpoints; one more is written at the end."""
+    keep_last: int = 3
+    """Checkpoints to keep, newest first."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this are kept for good; 0 keeps none."""
+    stop_at_step: int | None = None
+    """Save and stop at this step, without changing the schedule; the same command continues."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    method: MethodConfig
+    data: DataConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    evals: EvalConfig
+    run: RunConfig
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run: samples / global batch, rounded up."""
+        return -(-self.run.samples // self.run.global_batch)
+
+    def micro_batches(self, world_size: int) -> int:
+        """Forward passes per rank and step: the fewest that divide its share evenly into max_micro_batch or less.
+
+        ValueError if the ranks cannot share the global batch evenly.
+        """
+        if self.run.global_batch % world_size:
+            raise ValueError(f"run.global_batch={self.run.global_batch} cannot be shared by {world_size} ranks evenly")
+        share = self.run.global_batch // world_size
+        return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= self.engine.max_micro_batch)
+
+
+MAY_CHANGE_ON_RESUME = (
+    "engine.",
+    "evals.",
+    "data.workers",
+    "run.dir",
+    "run.log_every_steps",
+    "run.checkpoint_every_steps",
+    "run.keep_last",
+    "run.keep_every_steps",
+    "run.stop_at_step",
+)
+
+
+def check_same_run(now: Recipe, before: Recipe) -> None:
+    """ValueError that names the first field in which a resumed run differs in what it computes."""
+    old = {path: value for path, _, value, _ in config.leaves(before)}
+    for path, _, value, _ in config.leaves(now):
+        if old.get(path) != value and not path.startswith(MAY_CHANGE_ON_RESUME):
+            raise ValueError(
+                f"{now.run.dir} holds a run with {path}={old.get(path)}, and this one has {value}; "
+                "choose another --run.dir, or start from its weights with --run.init"
+            )
+
+
+def load(name: str) -> Recipe:
+    """The recipe of a name such as `clip.vit_b32`, or of a recipe.yaml. ValueError that names the near miss."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise ValueError(f"recipe file {name} does not exist")
+        return config.load_yaml(Recipe, Path(name))
+    known = names()
+    if name not in known:
+        raise ValueError(f"unknown recipe {name!r}{config.near_miss(name, known)} (known: {', '.join(known)})")
+    module, _, function = name.partition(".")
+    return getattr(importlib.import_module(f"mmpt.recipes.{module}"), function)()
+
+
+def names() -> list[str]:
+    """Every recipe: the functions of mmpt/recipes/*.py that need no arguments and return a Recipe."""
+    found = []
+    for module in pkgutil.iter_modules(mmpt.recipes.__path__):
+        contents = vars(importlib.import_module(f"mmpt.recipes.{module.name}"))
+        for name, value in contents.items():
+            own = inspect.isfunction(value) and value.__module__ == f"mmpt.recipes.{module.name}"
+            if own and not name.startswith("_") and inspect.signature(value).return_annotation is Recipe:
+                found.append(f"{module.name}.{name}")
+    return sorted(found)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage of two hundred flags."""
+
+    def error(self, message: str):  # type: ignore[override]
+        raise ValueError(message)
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[Recipe, bool]:
+    """The recipe with its flags applied, and whether help was asked for (then it was printed, by rank 0's caller).
+
+    Order: the recipe function's values, then flags. ValueError for an unknown recipe, flag or value.
+    """
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    first.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # given by deepspeed; the env decides
+    first.add_argument("-h", "--help", action="store_true")
+    known, rest = first.parse_known_args(list(arguments))
+    if known.recipe is None and not known.help:
+        raise ValueError(f"--recipe is needed: one of {', '.join(names())}, or the path of a recipe.yaml")
+    if known.recipe is None:
+        print(f"usage: deepspeed mmpt/train.py --recipe NAME [--field value ...]\nrecipes: {', '.join(names())}")
+        raise SystemExit(0)
+    recipe = load(known.recipe)
+    parser = _Parser(
+        "train.py", f"deepspeed mmpt/train.py --recipe {known.recipe} [--field value ...]", add_help=False,
+        allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120),
+    )  # fmt: skip
+    config.add_flags(parser, recipe)
+    if known.help:
+        return _print_help(parser), True  # type: ignore[return-value]
+    flags, unknown = parser.parse_known_args(rest)
+    if unknown:
+        paths = [path for path, _, _, _ in config.leaves(recipe)]
+        name = unknown[0].lstrip("-").split("=")[0]
+        raise ValueError(f"unknown flag {unknown[0]!r}{config.near_miss(name, paths)}")
+    return config.override(recipe, vars(flags)), False
+
+
+def _print_help(parser: argparse.ArgumentParser) -> None:
+    parser.print_help(sys.stdout)
