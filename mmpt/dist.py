@@ -55,6 +55,25 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def launched_rank() -> int:
+    """The rank that the launcher gave this process, known before `init`."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no other rank has said this before, so that an error that all ranks meet is printed once.
+
+    True too when the others cannot be asked any more.
+    """
+    if world_size() == 1:
+        return launched_rank() == 0
+    try:
+        store = torch_distributed.distributed_c10d._get_default_store()
+        return store.add(f"mmpt/said/{message}", 1) == 1
+    except RuntimeError:  # the rank that holds the store is gone
+        return True
+
+
 def rank() -> int:
     return torch_distributed.get_rank() if torch_distributed.is_initialized() else 0
 

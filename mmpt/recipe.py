@@ -8,13 +8,13 @@ import argparse
 import importlib
 import inspect
 import pkgutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import mmpt.recipes
-from mmpt import config
+from mmpt import config, dist
 from mmpt.data.loader import DataConfig
 from mmpt.engine.build import EngineConfig
 from mmpt.engine.optim import OptimConfig
@@ -126,10 +126,10 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[Recipe, bool]:
-    """The recipe with its flags applied, and whether help was asked for (then it was printed, by rank 0's caller).
+def parse_arguments(arguments: Sequence[str]) -> Recipe:
+    """The recipe with its flags applied. Prints and exits for --help; ValueError for a bad recipe, flag or value.
 
-    Order: the recipe function's values, then flags. ValueError for an unknown recipe, flag or value.
+    Order: the recipe function's values, then flags.
     """
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
@@ -139,8 +139,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Recipe, bool]:
     if known.recipe is None and not known.help:
         raise ValueError(f"--recipe is needed: one of {', '.join(names())}, or the path of a recipe.yaml")
     if known.recipe is None:
-        print(f"usage: deepspeed mmpt/train.py --recipe NAME [--field value ...]\nrecipes: {', '.join(names())}")
-        raise SystemExit(0)
+        _print_and_exit(f"usage: deepspeed mmpt/train.py --recipe NAME [--field value ...]\nrecipes: {', '.join(names())}")
     recipe = load(known.recipe)
     parser = _Parser(
         "train.py", f"deepspeed mmpt/train.py --recipe {known.recipe} [--field value ...]", add_help=False,
@@ -148,14 +147,17 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Recipe, bool]:
     )  # fmt: skip
     config.add_flags(parser, recipe)
     if known.help:
-        return _print_help(parser), True  # type: ignore[return-value]
+        _print_and_exit(parser.format_help())
     flags, unknown = parser.parse_known_args(rest)
     if unknown:
         paths = [path for path, _, _, _ in config.leaves(recipe)]
         name = unknown[0].lstrip("-").split("=")[0]
         raise ValueError(f"unknown flag {unknown[0]!r}{config.near_miss(name, paths)}")
-    return config.override(recipe, vars(flags)), False
+    return config.override(recipe, vars(flags))
 
 
-def _print_help(parser: argparse.ArgumentParser) -> None:
-    parser.print_help(sys.stdout)
+def _print_and_exit(text: str) -> NoReturn:
+    """One copy, though every rank parses the same command line."""
+    if dist.launched_rank() == 0:
+        print(text)
+    raise SystemExit(0)

@@ -149,17 +149,9 @@ def load(checkpoint: Path, manifest: Manifest, engine: Engine, seed: int) -> dic
     With the world size it was saved at, random state is restored too; otherwise dropout is seeded anew from (seed,
     step, rank). ValueError, on every rank, if parameters differ in name or shape.
     """
-    check_shapes(_shapes(engine), manifest.shapes, checkpoint)
     pieces = Pieces(checkpoint, manifest)
-    for segment in segments(engine.deepspeed):
-        segment.of(segment.flat).copy_(pieces.read("master", segment.name, segment.start, segment.length))
     _load_moments(pieces, manifest, engine)
-    for segment in frozen_segments(engine.deepspeed):
-        kind = "frozen" if segment.name in pieces.names("frozen") else "master"
-        segment.of(segment.flat).copy_(pieces.read(kind, segment.name, segment.start, segment.length))
-    for name, buffer in _buffers(engine).items():
-        buffer.copy_(pieces.read("buffer", name, 0, buffer.numel()).view(buffer.shape))
-    refresh_parameters(engine.deepspeed)
+    load_parameters(checkpoint, manifest, engine)
     if engine.config.precision == "fp16" and manifest.loss_scaler:
         vars(engine.deepspeed.optimizer.loss_scaler).update(manifest.loss_scaler)
     if manifest.world_size == dist.world_size():
@@ -167,6 +159,20 @@ def load(checkpoint: Path, manifest: Manifest, engine: Engine, seed: int) -> dic
     else:
         torch.manual_seed(hash((seed, manifest.step, dist.rank())))
     return manifest.state
+
+
+@torch.no_grad()
+def load_parameters(checkpoint: Path, manifest: Manifest, engine: Engine) -> None:
+    """Weights and buffers only, into masters and working copies alike. ValueError if a name or shape differs."""
+    check_shapes(_shapes(engine), manifest.shapes, checkpoint)
+    pieces = Pieces(checkpoint, manifest)
+    frozen = pieces.names("frozen")
+    for segment in segments(engine.deepspeed) + frozen_segments(engine.deepspeed):
+        kind = "frozen" if segment.name in frozen else "master"
+        segment.of(segment.flat).copy_(pieces.read(kind, segment.name, segment.start, segment.length))
+    for name, buffer in _buffers(engine).items():
+        buffer.copy_(pieces.read("buffer", name, 0, buffer.numel()).view(buffer.shape))
+    refresh_parameters(engine.deepspeed)
 
 
 def _load_moments(pieces: Pieces, manifest: Manifest, engine: Engine) -> None:

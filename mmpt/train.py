@@ -1,0 +1,150 @@
+"""Train one recipe, from tar shards to checkpoints and metrics:
+
+    deepspeed --num_accelerators 2 mmpt/train.py --recipe filip.vit_b32 --data.shards shards/ --run.dir runs/filip
+
+Values come from the recipe's function, then from flags; the whole is saved as recipe.yaml in the run directory before
+anything is built. The same command continues a run that stopped, wherever it stopped.
+"""
+
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mmpt import config, dist
+from mmpt.data.loader import build_loader
+from mmpt.engine.build import build, check_precision, evaluating
+from mmpt.engine.metrics import Metrics
+from mmpt.engine.resume import Progress, checkpoint_now, resume
+from mmpt.engine.schedule import lr_factor
+from mmpt.engine.step import train_step
+from mmpt.engine.writers import Writers
+from mmpt.evals.suite import evaluate
+from mmpt.recipe import Recipe, check_same_run, parse_arguments
+
+SHOWN = ("loss", "logit_scale", "grad_norm", "learning_rate", "samples_per_second", "data_wait_share")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0 trained, 1 the run failed, 2 the command line is wrong. An error is one line, said once."""
+    try:
+        recipe = parse_arguments(arguments)
+    except ValueError as error:
+        if dist.launched_rank() == 0:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        train(recipe)
+    except (ValueError, OSError) as error:
+        report(error, Path(recipe.run.dir))
+        return 1
+    finally:
+        dist.shutdown()
+    return 0
+
+
+def report(error: Exception, run_dir: Path) -> None:
+    """The error in one line on the console; how it came about in the run directory."""
+    trace = run_dir / f"error-rank-{dist.rank()}.txt"
+    if run_dir.is_dir():
+        trace.write_text("".join(traceback.format_exception(error)))
+    if dist.first_to_say(str(error)):
+        print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+
+
+def train(recipe: Recipe) -> None:
+    """The story of a run."""
+    device = dist.init(recipe.engine.timeout_seconds)
+    run_dir, run, world_size = Path(recipe.run.dir), recipe.run, dist.world_size()
+    parts = recipe.micro_batches(world_size)
+    check_precision(recipe.engine, device)
+    open_run_dir(run_dir, recipe)
+
+    torch.manual_seed(run.seed)
+    method = recipe.method.build()
+    micro_batch = run.global_batch // world_size // parts
+    engine = build(method, recipe.engine, recipe.optim, micro_batch, device)
+    progress, notes = resume(run_dir, engine, run.seed, run.init)
+    inputs = recipe.method.inputs()
+    loader = build_loader(
+        recipe.data, inputs, run.seed, run.global_batch, dist.rank(), world_size, start=progress.data_state
+    )
+    total_steps = recipe.total_steps()
+    last_step = min(total_steps, run.stop_at_step or total_steps)
+    writers = Writers(run_dir, progress.step, total_steps)
+    for note in notes:
+        writers.say(note)
+    writers.text("recipe", (run_dir / "recipe.yaml").read_text(), progress.step)
+    metrics = Metrics(run.global_batch, device)
+
+    batches = iter(loader)
+    while progress.step < last_step:
+        began = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - began
+        lr = recipe.optim.lr * lr_factor(
+            progress.applied_steps,
+            recipe.optim.warmup_steps,
+            total_steps,
+            recipe.optim.decay,
+            recipe.optim.final_lr_fraction,
+        )
+        result, terms = train_step(engine, [part.to(device) for part in batch.split(parts)], lr)
+        advance(progress, result.applied, loader.state, recipe)
+        metrics.add(result, terms, waited, time.perf_counter() - began)
+        writers.advance(progress.step)
+        last = progress.step == last_step
+
+        if last or progress.step % run.log_every_steps == 0:
+            samples = progress.step * run.global_batch
+            record = metrics.record() | {"learning_rate": lr, "samples": samples}
+            writers.record(progress.step, record | {"epoch": samples / loader.samples_per_epoch}, SHOWN)
+        if progress.step == total_steps or due(progress.step, recipe.evals.every_steps):
+            with evaluating(engine):
+                scores = evaluate(recipe.evals, recipe.data, inputs, engine, method, device)
+            writers.record(progress.step, scores, tuple(scores))
+        if last or progress.step % run.checkpoint_every_steps == 0:
+            checkpoint_now(run_dir, engine, progress, run.keep_last, run.keep_every_steps)
+    writers.say(f"{'finished' if progress.step == total_steps else 'stopped'} at step {progress.step} in {run_dir}")
+    loader.close()
+    writers.close()
+
+
+def open_run_dir(run_dir: Path, recipe: Recipe) -> None:
+    """Make the run directory and save the recipe in it; ValueError if it holds a run of another recipe. Collective."""
+    problem = ""
+    if dist.rank() == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            saved = run_dir / "recipe.yaml"
+            if saved.exists() and (run_dir / "metrics.jsonl").exists():
+                check_same_run(recipe, config.load_yaml(Recipe, saved))
+            config.save_yaml(recipe, saved)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    if problem := dist.broadcast_object(problem):
+        raise ValueError(problem)
+
+
+def advance(progress: Progress, applied: bool, data_state: int, recipe: Recipe) -> None:
+    """Count the step; ValueError when too many in a row could not be applied. All ranks decide alike."""
+    progress.step += 1
+    progress.data_state = data_state
+    progress.applied_steps += applied
+    progress.consecutive_skips = 0 if applied else progress.consecutive_skips + 1
+    if progress.consecutive_skips >= recipe.engine.max_consecutive_skips:
+        raise ValueError(
+            f"the gradient was not finite in {progress.consecutive_skips} steps in a row, up to step {progress.step}; "
+            "nothing was updated in them. The last checkpoint is whole: continue with a lower optim.lr or another seed"
+        )
+
+
+def due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
