@@ -10,7 +10,7 @@ The metadata of a scene, key.json:
 
 and, in held-out scenes only,
 
-    twin        {caption, objects: [i, j]}: the caption with the colours of objects i and j exchanged; false of the scene
+    twin        {caption, objects: [i, j]}: the caption with the colours of these objects exchanged; false of the scene
     recoloured  [{caption, object, other, word: {start, end}}]: only the colour word of `object` is replaced, by the
                 colour of `other`; caption[start:end] is the new word
 """
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 from PIL import Image
+from webdataset.writer import TarWriter
 
 from data_tools.scenes_captions import Caption, Word, recolour, write_caption
 from data_tools.scenes_drawing import draw_scene
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 def write_shard(out: Path, seed: int, image_size: int, shard: tuple[Split, int, range]) -> None:
     """Write one tar of scenes through webdataset's writer; the bytes depend on the arguments alone."""
     split, number, indices = shard
-    with webdataset.TarWriter(str(out / split / f"{number:05d}.tar"), encoder=False, mtime=0.0) as writer:
+    with TarWriter(str(out / split / f"{number:05d}.tar"), encoder=False, mtime=0.0) as writer:
         for sample in map(partial(make_sample, seed, split, image_size), indices):
             writer.write(sample)
 

@@ -91,10 +91,10 @@ def write_caption(rng: np.random.Generator, things: tuple[SceneObject, ...]) -> 
     """A true caption of all objects, in random order and wording. The relation, if any, is between things 0 and 1."""
     related = len(things) > 1 and rng.random() < RELATED_SHARE
     sized = rng.random() < SIZED_SHARE
-    order = list(rng.permutation(len(things)))
+    order: list[int] = rng.permutation(len(things)).tolist()
     if related:  # the relation is said of objects 0 and 1, either one first; a third follows
-        order = [*rng.permutation(2), *range(2, len(things))]
-    phrases = tuple(_phrase(rng, int(i), things[int(i)], sized) for i in order)
+        order = [*rng.permutation(2).tolist(), *range(2, len(things))]
+    phrases = tuple(_phrase(rng, i, things[i], sized) for i in order)
     templates = {1: (ONE, ONE), 2: (TWO, TWO_RELATED), 3: (THREE, THREE_RELATED)}[len(things)][related]
     template = str(rng.choice(templates))
     if not related:
