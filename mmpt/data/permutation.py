@@ -1,0 +1,59 @@
+"""Keyed permutations of [0, n) computed element by element: no table, no state, any element in constant time.
+
+A balanced Feistel network permutes the smallest power of four that holds n; a value that lands outside [0, n) is sent
+through again until it lands inside ("cycle walking", Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+"""
+
+import numpy as np
+
+U64 = np.uint64
+ROUNDS = 10  # with 6, some orders of five items came out twice as often as others
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's step (Steele et al. 2014), uint64 to uint64: a bijection; each input bit moves all output bits."""
+    x = x + U64(GOLDEN)
+    x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
+    return x ^ (x >> U64(31))
+
+
+def hash_key(*parts: int | np.ndarray) -> np.ndarray:
+    """A uint64 key for each combination of the parts (integers or broadcastable int64 arrays); their order counts."""
+    key = np.array([0x243F6A8885A308D3], dtype=U64)  # pi, a number with nothing up its sleeve
+    for part in parts:
+        key = mix(key ^ np.asarray(part, dtype=np.int64).astype(U64))
+    return key
+
+
+def permute(index: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The image of each index under the permutation of [0, n) that its key names.
+
+    index: [m] int64; n, key: one value, or one per index; 0 <= index < n <= 2 ** 62. Returns [m] int64.
+    """
+    index = np.asarray(index, dtype=np.int64)
+    sizes = np.broadcast_to(np.asarray(n, dtype=np.int64), index.shape)
+    keys = np.broadcast_to(key, index.shape)
+    half_bits = _half_bits(sizes)
+    out = index.astype(U64)
+    walking = np.arange(len(index))
+    while len(walking):
+        out[walking] = _feistel(out[walking], half_bits[walking], keys[walking])
+        walking = walking[out[walking] >= sizes[walking].astype(U64)]
+    return out.astype(np.int64)
+
+
+def _half_bits(sizes: np.ndarray) -> np.ndarray:
+    """The least b >= 1 with 4 ** b >= size, exactly: [m] int64 -> [m] uint64."""
+    powers = np.int64(4) ** np.arange(1, 32, dtype=np.int64)
+    return (np.searchsorted(powers, sizes, side="left") + 1).astype(U64)
+
+
+def _feistel(x: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    mask = (U64(1) << half_bits) - U64(1)
+    left, right = x >> half_bits, x & mask
+    for round_index in range(ROUNDS):
+        round_key = mix(keys + U64(round_index))
+        left, right = right, left ^ (mix(right ^ round_key) & mask)
+    return (left << half_bits) | right

@@ -1,0 +1,87 @@
+"""From a sample's captions to packed token ids, with any tokenizer of transformers."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmpt.batch import InputSpec, Tokens, pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEXT_LINES, TEXT_WHOLE = "txt", "txt_whole"
+
+
+def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
+    """A tokenizer of transformers, by hub name or by the path of its folder.
+
+    Raises ValueError in one line when there is none, or when it adds no special token to a text (the text towers read
+    a caption off its first or last token).
+    """
+    from transformers import (
+        AutoTokenizer,
+    )  # takes seconds to import, and a module that only reads captions needs it not
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"no tokenizer at {name_or_path!r}: {reason} (give a folder, or a hub name that is cached or reachable)"
+        ) from error
+    if not tokenizer.num_special_tokens_to_add():
+        raise ValueError(f"tokenizer {name_or_path!r} adds no special token, such as an end of text, to a caption")
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", inputs: InputSpec) -> None:
+    """Raises ValueError when the tokenizer can produce an id for which the model has no embedding."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= inputs.vocab_size:
+        raise ValueError(
+            f"the tokenizer's largest id is {largest} and the model's vocab_size is {inputs.vocab_size}: "
+            f"vocab_size must be at least {largest + 1}"
+        )
+    if inputs.text_padding == "max" and tokenizer.pad_token_id is None:
+        raise ValueError("the method pads captions and the tokenizer has no pad token")
+
+
+def tokenise(tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str], inputs: InputSpec) -> Tokens:
+    """Token ids, special tokens added, packed: Tokens of len(captions) sequences, x [T] int64.
+
+    A caption that is too long loses its last words, never its final special token.
+    """
+    encoded = tokenizer(
+        list(captions), truncation=True, max_length=inputs.max_text_tokens, return_attention_mask=False,
+        padding="max_length" if inputs.text_padding == "max" else False,
+    )["input_ids"]  # fmt: skip
+    return pack([torch.tensor(ids, dtype=torch.int64) for ids in encoded])
+
+
+def captions_of(files: dict[str, bytes], caption_field: str) -> list[str]:
+    """All captions of a sample, at least one. `files` maps extensions to bytes.
+
+    caption_field: see DataConfig. Raises ValueError when the sample has no such field, or no text in it.
+    """
+    if caption_field in (TEXT_LINES, TEXT_WHOLE):
+        if "txt" not in files:
+            raise ValueError("it has no .txt file")
+        text = files["txt"].decode("utf-8")
+        captions = text.splitlines() if caption_field == TEXT_LINES else [text]
+    else:
+        value = metadata_of(files).get(caption_field)
+        captions = value if isinstance(value, list) else [value]
+        if not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"field {caption_field!r} of its .json file is {value!r}, not a text or a list of texts")
+    captions = [caption.strip() for caption in captions if caption.strip()]
+    return captions or [""]
+
+
+def metadata_of(files: dict[str, bytes]) -> dict:
+    """The sample's .json file, or nothing. Raises ValueError when it is not a JSON object."""
+    metadata = json.loads(files.get("json", b"{}"))
+    if not isinstance(metadata, dict):
+        raise ValueError("its .json file is not an object")
+    return metadata
