@@ -1,8 +1,8 @@
 """`mmpt-data tokenizer SHARDS OUT`: train a tokenizer on the captions of a data set.
 
-Byte-level BPE in the shape of CLIP's (Radford et al. 2021: lower case, <|startoftext|> and <|endoftext|>) or WordPiece in
-the shape of BERT's (Devlin et al. 2019: [CLS] and [SEP]). The folder it writes is one that transformers' AutoTokenizer
-loads, and the tokenizer adds the special tokens itself.
+Byte-level BPE in the shape of CLIP's (Radford et al. 2021: lower case, <|startoftext|> and <|endoftext|>) or WordPiece
+in the shape of BERT's (Devlin et al. 2019: [CLS] and [SEP]). The folder it writes is one that AutoTokenizer of
+transformers loads, and the tokenizer adds the special tokens itself.
 """
 
 import argparse

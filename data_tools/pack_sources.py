@@ -1,0 +1,138 @@
+"""What `mmpt-data pack` reads: images in a folder or a tar, and a table of captions."""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow.parquet as parquet
+
+from mmpt.data.tar import ShardError, read_members
+
+TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
+
+
+class ImageSource(Protocol):
+    def read(self, name: str) -> bytes | None:
+        """The bytes of the image of this name, or None when there is none."""
+        ...
+
+
+class FolderImages:
+    """Images below a folder, named by their path relative to it."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder.resolve()
+
+    def read(self, name: str) -> bytes | None:
+        path = (self._folder / name).resolve()
+        if not path.is_relative_to(self._folder) or not path.is_file():
+            return None
+        return path.read_bytes()
+
+
+class TarImages:
+    """Images in a tar archive, named by their path in it. Raises ShardError when the archive is damaged."""
+
+    def __init__(self, path: Path):
+        size = path.stat().st_size
+        self._file = path.open("rb")
+        self._places: dict[str, tuple[int, int]] = {}
+        for member in read_members(self._file, str(path), 0, size, to_end=True):
+            if member.is_file():
+                self._places[member.path.removeprefix("./")] = member.data_start, member.size
+            elif member.kind != b"5":  # folders are harmless
+                reason = f"{member.path!r} is neither a file nor a folder (type {member.kind!r})"
+                raise ShardError(str(path), member.header_start, reason, "make the archive again with plain files only")
+
+    def read(self, name: str) -> bytes | None:
+        if name not in self._places:
+            return None
+        start, size = self._places[name]
+        self._file.seek(start)
+        return self._file.read(size)
+
+
+def open_images(path: Path) -> ImageSource:
+    """A folder or a .tar file. Raises ValueError for anything else."""
+    if path.is_dir():
+        return FolderImages(path)
+    if path.is_file() and path.suffix == ".tar":
+        return TarImages(path)
+    raise ValueError(f"{path} is neither a folder of images nor a .tar file")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image with all its captions, and the first row of the table that names it."""
+
+    image: str
+    captions: tuple[str, ...]
+    row: dict
+
+
+def read_pairs(table: Path, image_column: str, caption_columns: list[str], separator: str | None) -> list[Pair]:
+    """The rows of a table, in order, those of one image merged into one pair at the place of the first.
+
+    separator: splits one cell into several captions. Each caption is stripped and its runs of white space become one
+    space; empty ones are left out. Raises ValueError when a column is missing or a row is malformed.
+    """
+    captions: dict[str, list[str]] = {}
+    first_rows: dict[str, dict] = {}
+    for number, row in enumerate(_rows(table), start=1):
+        for column in (image_column, *caption_columns):
+            if column not in row:
+                raise ValueError(f"{table}: row {number} has no column {column!r}; it has {', '.join(map(repr, row))}")
+        name = str(row[image_column])
+        first_rows.setdefault(name, row)
+        found = captions.setdefault(name, [])
+        found += [text for column in caption_columns for text in _texts(row[column], separator) if text not in found]
+    return [Pair(name, tuple(captions[name]), row) for name, row in first_rows.items()]
+
+
+def _texts(cell: object, separator: str | None) -> list[str]:
+    cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
+    parts = [part for text in cells for part in (str(text).split(separator) if separator else [str(text)])]
+    return [" ".join(part.split()) for part in parts if part.strip()]
+
+
+def _rows(table: Path) -> Iterator[dict]:
+    if table.suffix not in TABLE_SUFFIXES:
+        raise ValueError(f"{table}: a table of captions ends in {', '.join(TABLE_SUFFIXES)}")
+    if table.suffix == ".parquet":
+        with parquet.ParquetFile(table) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    elif table.suffix == ".jsonl":
+        yield from _json_rows(table)
+    else:
+        yield from _delimited_rows(table)
+
+
+def _json_rows(table: Path) -> Iterator[dict]:
+    with table.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{table}: line {number} is not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{table}: line {number} is not an object")
+            yield row
+
+
+def _delimited_rows(table: Path) -> Iterator[dict]:
+    tabs = table.suffix == ".tsv"  # where a quotation mark is a character like any other
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(
+            file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True
+        )
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(f"{table}: line {reader.line_num} has not as many cells as the first line")
+                yield row
+        except csv.Error as error:
+            raise ValueError(f"{table}: line {reader.line_num}: {error}") from error
