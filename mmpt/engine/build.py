@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import deepspeed
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmpt import dist
 from mmpt.engine.lamb import Lamb
 from mmpt.engine.optim import OptimConfig, build_optimizer, freeze, parameter_groups
-from mmpt.engine.partition import segments
+from mmpt.engine.partition import clear_gradient_shards, segments
+from mmpt.methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ class StepResult:
 class Engine:
     """DeepSpeed's engine with what differs between its stages evened out. Parameters are whole only inside a call."""
 
-    def __init__(self, deepspeed_engine: DeepSpeedEngine, config: EngineConfig, clip_norm: float):
+    def __init__(self, deepspeed_engine: Any, config: EngineConfig, clip_norm: float):
         self.deepspeed, self.config, self.clip_norm = deepspeed_engine, config, clip_norm
 
     @property
-    def method(self) -> nn.Module:
+    def method(self) -> Method:
         """For names, shapes, modes and methods without parameters; compute through the call."""
         return self.deepspeed.module
 
@@ -138,6 +138,7 @@ class Engine:
         if self.config.zero_stage == 0:
             return self._step_unsharded()
         self.deepspeed.step()
+        clear_gradient_shards(self.deepspeed)
         norm = self.deepspeed.get_global_grad_norm()
         applied = self.deepspeed.was_step_applied()
         return StepResult(applied, float(norm) if norm is not None and applied else float("inf"))
@@ -153,7 +154,7 @@ class Engine:
         return StepResult(finite, float(norm))
 
 
-def build(method: nn.Module, config: EngineConfig, optim: OptimConfig, micro_batch: int, device: torch.device) -> Engine:
+def build(method: Method, config: EngineConfig, optim: OptimConfig, micro_batch: int, device: torch.device) -> Engine:
     """Freeze, group, wrap. Every rank must pass a method with the same parameters (same seed)."""
     check_precision(config, device)
     freeze(method, optim.lock)

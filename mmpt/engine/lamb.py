@@ -48,7 +48,8 @@ class Lamb(torch.optim.Optimizer):
         assert self._parameters, "Lamb.attach was not called"
         for group in self.param_groups:
             updates = {p: self._direction(p, group) for p in group["params"] if p.grad is not None}
-            ratios = self._trust_ratios(updates) if group["weight_decay"] else None
+            # ZeRO 3 empties the groups that it is not stepping, on all ranks alike.
+            ratios = self._trust_ratios(updates) if updates and group["weight_decay"] else None
             for parameter, update in updates.items():
                 if ratios is not None:
                     for i, segment in self._segments.get(id(parameter), []):

@@ -7,6 +7,7 @@ private layout; tests/engine/test_partition.py holds it against the parameters t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -48,7 +49,8 @@ def segments(engine: DeepSpeedEngine) -> list[Segment]:
 
 def _segments_of_flat_groups(engine: DeepSpeedEngine, names: dict[int, str]) -> list[Segment]:
     """ZeRO 1 and 2: a group's parameters are laid end to end and the whole is cut into W equal partitions."""
-    zero, found = engine.optimizer, []
+    zero: Any = engine.optimizer
+    found: list[Segment] = []
     for group, flat in enumerate(zero.single_partition_of_fp32_groups):
         low = dist.rank() * zero.partition_size[group]
         high = low + zero.partition_size[group]
@@ -67,7 +69,8 @@ def _segments_of_flat_groups(engine: DeepSpeedEngine, names: dict[int, str]) -> 
 
 def _segments_of_shards(engine: DeepSpeedEngine, names: dict[int, str]) -> list[Segment]:
     """ZeRO 3: every parameter is cut into W equal shards, the last ones padded; a group's shards are laid end to end."""
-    zero, found = engine.optimizer, []
+    zero: Any = engine.optimizer
+    found: list[Segment] = []
     for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
         for parameter in zero.fp16_groups[group]:
             _, flat_start, shard_length = zero.grad_position[zero.get_param_id(parameter)]
@@ -100,7 +103,7 @@ def frozen_segments(engine: DeepSpeedEngine) -> list[Segment]:
 @torch.no_grad()
 def refresh_parameters(engine: DeepSpeedEngine) -> None:
     """Make the parameters that the model computes with agree with the fp32 masters, after those were written to."""
-    zero = engine.optimizer
+    zero: Any = engine.optimizer
     if engine.zero_optimization_stage() in (1, 2):
         zero.update_lp_params()
     elif engine.zero_optimization_stage() == 3:
@@ -112,3 +115,15 @@ def refresh_parameters(engine: DeepSpeedEngine) -> None:
             zero._unflatten_partitioned_parameters(group)
         if persistent:
             persistent[0].all_gather(persistent)
+
+
+def clear_gradient_shards(engine: DeepSpeedEngine) -> None:
+    """Zero what ZeRO 3 accumulates gradients in; call after every step. Nothing to do at the other stages.
+
+    DeepSpeed overwrites a parameter's buffer in a step's first backward and adds to it afterwards. A parameter that the
+    first backward does not reach (here all but the temperature, when features are cached) would otherwise be given the
+    previous step's gradient once more.
+    """
+    if engine.zero_optimization_stage() == 3:
+        zero: Any = engine.optimizer
+        zero.grad_partitions_flat_buffer.zero_()

@@ -60,14 +60,16 @@ def _cached_backward(engine: Engine, micro_batches: list[Batch], totals: dict[st
     features = [_leaf(parts) for parts in zip(*cached, strict=True)]
     terms = engine("objective", *features)
     engine.backward(loss_of(terms, totals, dist.world_size()), last=False)
-    gradients = [_values(feature).grad / engine.loss_scale for feature in features]  # type: ignore[operator]
+    gradients = [_values(feature).grad for feature in features]  # None for what carries no gradient, such as ids
     starts = [0] * len(features)
     for i, batch in enumerate(micro_batches):
         set_random_state(states[i], engine.device)
-        replayed = [_values(feature) for feature in engine("encode", batch)]
-        surrogate = replayed[0].new_zeros(())
-        for k, x in enumerate(replayed):
-            surrogate = surrogate + (x * gradients[k][starts[k] : starts[k] + len(x)]).sum()
+        surrogate = torch.zeros((), device=engine.device)
+        for k, feature in enumerate(engine("encode", batch)):
+            x, gradient = _values(feature), gradients[k]
+            if gradient is not None:
+                part = gradient[starts[k] : starts[k] + len(x)] / engine.loss_scale
+                surrogate = surrogate + (x * part).sum(dtype=torch.float32)
             starts[k] += len(x)
         engine.backward(surrogate, last=i + 1 == len(micro_batches))
     return {name: Term(term.sum.detach(), term.count, term.weight) for name, term in terms.items()}
@@ -77,8 +79,12 @@ def _leaf(parts: tuple[Any, ...]) -> Any:
     """The features of all micro-batches as one, cut off from what made them."""
     if isinstance(parts[0], Tokens):
         whole = concatenate(parts)
-        return whole.with_x(whole.x.detach().requires_grad_())
-    return torch.cat(parts).detach().requires_grad_()
+        return whole.with_x(_leaf_tensor(whole.x))
+    return _leaf_tensor(torch.cat(parts))
+
+
+def _leaf_tensor(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.is_floating_point())
 
 
 def _values(feature: Any) -> Tensor:

@@ -1,0 +1,36 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything lands in .venv and runs/.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export DS_ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+
+.PHONY: install demo test check bench clean
+
+install: .venv/installed
+
+# torch first and exactly; deepspeed builds from source against it, so nothing is built in isolation.
+.venv/installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel ninja packaging numpy psutil py-cpuinfo
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python -m mmpt.cli demo
+
+test: install
+	$(BIN)/python -m pytest
+
+# A few minutes, for daily use: format, lint, types, and the tests that need no second process.
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q -m "not slow"
+
+bench: install
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf .venv build *.egg-info runs
