@@ -32,6 +32,7 @@ from webdataset.writer import TarWriter
 from data_tools.scenes_captions import Caption, Word, recolour, write_caption
 from data_tools.scenes_drawing import draw_scene
 from data_tools.scenes_world import SceneObject, Split, is_true, sample_things
+from mmpt.data.manifest import FILE_NAME, build_manifest, save_manifest
 
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 
@@ -66,7 +67,14 @@ def run(args: argparse.Namespace) -> None:
         with multiprocessing.get_context("spawn").Pool(min(args.workers, len(shards))) as pool:
             pool.map(write, shards, chunksize=1)
     for split, count in zip(SPLITS, (args.train, args.held_out)):
+        write_manifest(args.out / split)
         print(f"{args.out / split}: {count} scenes")
+
+
+def write_manifest(folder: Path) -> None:
+    """Index the shards of a folder, so that it can be trained on and evaluated."""
+    names = sorted(path.name for path in folder.glob("*.tar"))
+    save_manifest(build_manifest(str(folder), names), folder / FILE_NAME)
 
 
 def write_shard(out: Path, seed: int, image_size: int, shard: tuple[Split, int, range]) -> None:

@@ -1,0 +1,111 @@
+"""Image-text retrieval: recall at K both ways, several captions per image, shared by all ranks.
+
+Image-to-text ranks texts by s_i2t, text-to-image ranks images by s_t2i (for FILIP these differ). A query counts as
+answered at K when any of its right answers is among the K best; ties by expected value (ranking.py).
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmpt import dist
+from mmpt.evals.features import Features, count, device_of, gather_features, slices
+from mmpt.evals.ranking import chance_hits, expected_hits
+
+KS = (1, 5, 10)
+QUERIES_AT_ONCE = 256
+"""Queries scored together; the scores held at any time are this many rows of all answers."""
+ANSWERS_AT_ONCE = 1024
+
+
+class Pairs(NamedTuple):
+    """One rank's share of a data set, encoded. Images are numbered over all ranks, in rank order.
+
+    image:  features of A images.
+    text:   features of C texts.
+    owner:  [C] for each text, the place of its image among this rank's images.
+    says:   [C] what each text says; texts that say the same are right for each other's images.
+    """
+
+    image: Features
+    text: Features
+    owner: list[int]
+    says: list[Hashable]
+
+
+class Truth(NamedTuple):
+    """What is right over all ranks: texts of each image, images of each text, as indices in rank order."""
+
+    texts_of_image: list[list[int]]
+    images_of_text: list[list[int]]
+
+
+def find_truth(images: int, owner: Sequence[int], says: Sequence[Hashable]) -> Truth:
+    """Text t is right for image i when some text that describes i says what t says (t itself, to begin with)."""
+    texts_saying, images_saying = defaultdict(list), defaultdict(set)
+    said_of_image: list[set[Hashable]] = [set() for _ in range(images)]
+    for text, (image, said) in enumerate(zip(owner, says, strict=True)):
+        texts_saying[said].append(text)
+        images_saying[said].add(image)
+        said_of_image[image].add(said)
+    return Truth(
+        [sorted(text for said in saids for text in texts_saying[said]) for saids in said_of_image],
+        [sorted(images_saying[said]) for said in says],
+    )
+
+
+@torch.no_grad()
+def retrieval(method: Any, pairs: Pairs) -> Iterator[tuple[str, float]]:
+    """Yield (name, value in [0, 1]): R@1, R@5, R@10 both ways, each with its chance; the same on all ranks. Collective.
+
+    method: has `score(image_features, text_features) -> (s_i2t [A, C], s_t2i [A, C])`, with no collective in it.
+    Memory: the other side's features of the whole data set, and QUERIES_AT_ONCE rows of scores. ValueError for an image
+    without a text.
+    """
+    shares = dist.gather_objects((count(pairs.image), pairs.owner, pairs.says))
+    first_image = [sum(share[0] for share in shares[:r]) for r in range(len(shares))]
+    first_text = [sum(len(share[1]) for share in shares[:r]) for r in range(len(shares))]
+    owner = [image + first for (_, owners, _), first in zip(shares, first_image) for image in owners]
+    truth = find_truth(sum(share[0] for share in shares), owner, [said for share in shares for said in share[2]])
+    if not all(truth.texts_of_image):
+        raise ValueError("an image without a text cannot be part of a retrieval test")
+    images, texts, rank = len(truth.texts_of_image), len(truth.images_of_text), dist.rank()
+
+    all_texts = gather_features(pairs.text)
+    i2t = _image_to_text(method, pairs.image, all_texts, truth.texts_of_image[first_image[rank] :])
+    all_images = gather_features(pairs.image)
+    t2i = _text_to_image(method, pairs.text, all_images, truth.images_of_text[first_text[rank] :])
+    hits = dist.sum_over_ranks(torch.stack([i2t, t2i]).to(device_of(all_images))).cpu() / torch.tensor(
+        [[images], [texts]]
+    )
+    yield from _named("image_to_text", hits[0], chance_hits(truth.texts_of_image, texts, KS))
+    yield from _named("text_to_image", hits[1], chance_hits(truth.images_of_text, images, KS))
+
+
+def _named(direction: str, recall: Tensor, chance: Tensor) -> Iterator[tuple[str, float]]:
+    for k, value, by_chance in zip(KS, recall.tolist(), chance.mean(0).tolist()):
+        yield f"{direction}_R@{k}", value
+        yield f"{direction}_R@{k}_chance", by_chance
+
+
+def _image_to_text(method: Any, images: Features, texts: Features, right: list[list[int]]) -> Tensor:
+    """[len(KS)] float64: hits summed over our images."""
+    total, first = torch.zeros(len(KS), dtype=torch.float64), 0
+    for chunk in slices(images, QUERIES_AT_ONCE):
+        scores = torch.cat([method.score(chunk, part)[0] for part in slices(texts, ANSWERS_AT_ONCE)], 1)  # [Q, C]
+        total += expected_hits(scores, right[first : first + len(scores)], KS).sum(0).cpu()
+        first += len(scores)
+    return total
+
+
+def _text_to_image(method: Any, texts: Features, images: Features, right: list[list[int]]) -> Tensor:
+    """[len(KS)] float64: hits summed over our texts."""
+    total, first = torch.zeros(len(KS), dtype=torch.float64), 0
+    for chunk in slices(texts, QUERIES_AT_ONCE):
+        scores = torch.cat([method.score(part, chunk)[1].T for part in slices(images, ANSWERS_AT_ONCE)], 1)  # [Q, A]
+        total += expected_hits(scores, right[first : first + len(scores)], KS).sum(0).cpu()
+        first += len(scores)
+    return total
