@@ -39,7 +39,9 @@ def _enter(function: Callable, rank: int, world_size: int, port: int, folder: st
         (Path(folder) / f"error-{rank}.txt").write_text(traceback.format_exc())
         sys.stdout.flush()
         os._exit(1)
-    faulthandler.cancel_dump_traceback_later()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # library threads still running at interpreter exit abort a rank now and then
 
 
 def run(function: Callable, world_size: int, *args: Any, timeout_seconds: float = 180.0) -> list[Any]:
