@@ -47,7 +47,7 @@ class Manifest:
     chunk_samples: int
     chunk_starts: np.ndarray
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """N, all samples."""
         return int(self.shard_samples.sum())

@@ -17,7 +17,7 @@ parts. World size, workers and prefetching therefore never change what is delive
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +43,7 @@ class Order:
     lanes: int
     window_samples: int
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """N, the samples of one epoch."""
         return int(self.chunk_lengths.sum())
@@ -73,6 +73,7 @@ def batch_positions(start: int, global_batch: int, lanes: int, rank: int, world_
         raise ValueError(f"the world size ({world_size}) must divide the global batch ({global_batch})")
     if start < 0 or start % lanes:
         raise ValueError(f"lanes ({lanes}) must divide the data state ({start}): was the run begun with other lanes?")
+    assert 0 <= rank < world_size
     size = global_batch // world_size
     slots = np.arange(rank * size, (rank + 1) * size, dtype=np.int64)
     per_lane = global_batch // lanes
