@@ -2,9 +2,12 @@
 
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from mmpt.batch import Batch, InputSpec, Tokens
+from mmpt import dist
+from mmpt.batch import Batch, InputSpec
+from mmpt.objectives.contrastive import correct_matches, one_sided_info_nce
 
 
 class Term(NamedTuple):
@@ -53,6 +56,19 @@ class Method(nn.Module):
     def terms(self, batch: Batch) -> dict[str, Term]:
         """objective(encode(batch)), in one forward."""
         return self.objective(*self.encode(batch))
+
+
+def contrastive_terms(logits_i2t: Tensor, logits_t2i: Tensor, scale: Tensor) -> dict[str, Term]:
+    """The symmetric contrastive loss of this rank's images against all texts ([B, N] logits), with what is reported."""
+    first, count = dist.rank() * len(logits_i2t), torch.tensor(float(len(logits_i2t)), device=logits_i2t.device)
+    loss = one_sided_info_nce(logits_i2t, logits_t2i, first, dist.logsumexp_over_ranks)
+    i2t, t2i = correct_matches(logits_i2t, logits_t2i, first, dist.max_over_ranks)
+    return {
+        "contrastive": Term(loss, count),
+        "accuracy_i2t": Term(i2t, count, 0.0),
+        "accuracy_t2i": Term(t2i, count, 0.0),
+        "logit_scale": Term(scale.detach().sum(), torch.ones_like(count), 0.0),
+    }
 
 
 def loss_of(terms: dict[str, Term], total_counts: dict[str, Any], world_size: int) -> Tensor:

@@ -1,0 +1,64 @@
+"""Learning Transferable Visual Models From Natural Language Supervision.
+Radford, Kim, Hallacy, Ramesh, Goh, Agarwal, Sastry, Askell, Mishkin, Clark, Krueger, Sutskever. ICML 2021, arXiv 2103.00020.
+
+New: an image and its caption are told from all others in a large batch by the cosine of one vector each.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mmpt import dist
+from mmpt.batch import Batch, InputSpec, Tokens
+from mmpt.methods.method import Method, Term, contrastive_terms
+from mmpt.models.dual_tower import DualTower, DualTowerConfig, first_token, last_token
+from mmpt.models.logit_scale import LogitScale
+from mmpt.ops.capped_exp import capped_exp
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    towers: DualTowerConfig
+    initial_temperature: float = 0.07
+    """Logits start divided by this."""
+    max_logit_scale: float = 100.0
+    """Logits are never multiplied by more."""
+
+    def inputs(self) -> InputSpec:
+        return self.towers.inputs()
+
+    def build(self) -> "CLIP":
+        return CLIP(self)
+
+
+class CLIP(Method):
+    couples_pairs = True
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.towers = DualTower(config.towers)
+        self.logit_scale = LogitScale(1 / config.initial_temperature, config.max_logit_scale, capped_exp)
+
+    def encode_image(self, images: Tensor, kept_patches: Tensor | None = None) -> Tensor:
+        """[B, embed_dim] from [CLS]."""
+        return self.towers.project_image(first_token(self.towers.image(images, kept_patches)))
+
+    def encode_text(self, ids: Tokens) -> Tensor:
+        """[B, embed_dim] from [EOT]."""
+        return self.towers.project_text(last_token(self.towers.text(ids)))
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.encode_image(batch.images, batch.kept_patches), self.encode_text(batch.text)
+
+    def objective(self, image: Tensor, text: Tensor) -> dict[str, Term]:
+        scale = self.logit_scale()
+        logits = scale * (image @ dist.gather(text).T).float()  # [B, N]
+        return contrastive_terms(logits, logits, scale)
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"contrastive": len(batch)}
+
+    def score(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines of every image with every text, [A, C], the same in both directions."""
+        cosines = (image @ text.T).float()
+        return cosines, cosines

@@ -1,0 +1,82 @@
+"""FILIP: Fine-grained Interactive Language-Image Pre-Training.
+Yao, Huang, Hou, Lu, Niu, Xu, Liang, Li, Jiang, Xu. ICLR 2022, arXiv 2111.07783.
+
+New: CLIP's product of two vectors becomes a late interaction of tokens: each patch finds its best word, each word its
+best patch, and the means of these maxima are the two scores of a pair (section 3.1, eq. 3 to 5).
+
+Image tokens are the patches, without [CLS]; text tokens include [SOT] and [EOT], as in the authors' later Noah-Wukong.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from mmpt import dist
+from mmpt.batch import Batch, InputSpec, Tokens
+from mmpt.methods.method import Method, Term, contrastive_terms
+from mmpt.models.dual_tower import DualTower, DualTowerConfig
+from mmpt.models.logit_scale import LogitScale
+from mmpt.ops.capped_exp import capped_exp
+from mmpt.ops.late_interaction import late_interaction
+from mmpt.ops.token_selection import drop_ends, keep_top_tokens
+
+
+@dataclass(frozen=True)
+class FILIPConfig:
+    towers: DualTowerConfig
+    initial_temperature: float = 0.07
+    """Logits start divided by this."""
+    max_logit_scale: float = 100.0
+    """Logits are never multiplied by more."""
+    text_special_tokens: bool = True
+    """Whether [SOT] and [EOT] take part in the late interaction."""
+    token_keep_ratio: float = 1.0
+    """Share of each sample's tokens that take part in training: those with the highest similarity to any other token."""
+    scope: Literal["local", "global"] = "local"
+    """Where a token's highest similarity is looked for: in this worker's batch, as published, or in all workers'."""
+
+    def inputs(self) -> InputSpec:
+        return self.towers.inputs()
+
+    def build(self) -> "FILIP":
+        return FILIP(self)
+
+
+class FILIP(Method):
+    couples_pairs = True
+    ensemble = "similarities"
+
+    def __init__(self, config: FILIPConfig):
+        super().__init__()
+        self.config = config
+        self.towers = DualTower(config.towers)
+        self.logit_scale = LogitScale(1 / config.initial_temperature, config.max_logit_scale, capped_exp)
+
+    def encode_image(self, images: Tensor, kept_patches: Tensor | None = None) -> Tokens:
+        """A vector of length 1 per patch."""
+        patches = self.towers.image(images, kept_patches)
+        return patches.with_x(self.towers.project_image(patches.x))
+
+    def encode_text(self, ids: Tokens) -> Tokens:
+        """A vector of length 1 per text token."""
+        tokens = self.towers.text(ids)
+        tokens = tokens.with_x(self.towers.project_text(tokens.x))
+        return tokens if self.config.text_special_tokens else drop_ends(tokens)
+
+    def encode(self, batch: Batch) -> tuple[Tokens, Tokens]:
+        return self.encode_image(batch.images, batch.kept_patches), self.encode_text(batch.text)
+
+    def objective(self, image: Tokens, text: Tokens) -> dict[str, Term]:
+        if self.config.token_keep_ratio < 1.0:
+            image, text = keep_top_tokens(image, text, self.config.token_keep_ratio, self.config.scope)
+        s_i2t, s_t2i = late_interaction(image, dist.gather_tokens(text))  # [B, N] each
+        scale = self.logit_scale()
+        return contrastive_terms(scale * s_i2t, scale * s_t2i, scale)
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"contrastive": len(batch)}
+
+    def score(self, image: Tokens, text: Tokens) -> tuple[Tensor, Tensor]:
+        """(s_i2t, s_t2i), [A, C] each, of every image with every text."""
+        return late_interaction(image, text)

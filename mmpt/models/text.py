@@ -1,0 +1,50 @@
+"""Text transformer: packed token ids to tokens. CLIP's (Radford et al. 2021, section 2.4) is causal; SigLIP's is not."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmpt.batch import Tokens
+from mmpt.models.transformer import Transformer, TransformerConfig
+
+
+@dataclass(frozen=True)
+class TextTransformerConfig:
+    trunk: TransformerConfig
+    vocab_size: int = 49408
+    """V, rows of the token embedding."""
+    max_tokens: int = 77
+    """Longest caption, special tokens included: rows of the position embedding."""
+    causal: bool = True
+    """Whether a token sees only what comes before it."""
+
+
+class TextEmbedding(nn.Module):
+    """ids [T] -> [T, D]: token plus position within its own caption."""
+
+    def __init__(self, config: TextTransformerConfig):
+        super().__init__()
+        self.token_embedding = nn.Parameter(torch.empty(config.vocab_size, config.trunk.width))
+        self.position_embedding = nn.Parameter(torch.empty(config.max_tokens, config.trunk.width))
+        nn.init.normal_(self.token_embedding, std=0.02)  # CLIP's released code
+        nn.init.normal_(self.position_embedding, std=0.01)
+
+    def forward(self, ids: Tokens) -> Tensor:
+        if ids.longest > len(self.position_embedding):
+            raise ValueError(f"a caption has {ids.longest} tokens, the model takes {len(self.position_embedding)}")
+        return nn.functional.embedding(ids.x, self.token_embedding) + self.position_embedding[ids.position()]
+
+
+class TextTransformer(nn.Module):
+    """ids: Tokens with x [T] int64 -> Tokens [T, D], after the final layer norm."""
+
+    def __init__(self, config: TextTransformerConfig):
+        super().__init__()
+        self.embedding = TextEmbedding(config)
+        self.trunk = Transformer(config.trunk, causal=config.causal)
+        self.ln_final = nn.LayerNorm(config.trunk.width, config.trunk.norm_eps)
+
+    def forward(self, ids: Tokens) -> Tokens:
+        tokens = self.trunk(ids.with_x(self.embedding(ids)))
+        return tokens.with_x(self.ln_final(tokens.x))

@@ -1,0 +1,41 @@
+"""exp of a learned log scale with a ceiling that the optimizer can come back from.
+
+CLIP clips its logit scale at 100 after every update. Writing to the parameter does not reach the fp32 master weights of
+a sharded engine, so the ceiling is in the forward, and the backward is that of a projected gradient step: nothing is
+changed below the ceiling; at or above it, a gradient that would push further up is blocked and one that points back
+down passes. (A plain clamp blocks both and freezes the scale for ever; one that passes both lets the parameter drift
+away, and coming back takes as long.)
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpt import dist
+
+
+class _CappedExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_scale: Tensor, log_cap: float) -> Tensor:
+        value = log_scale.float().clamp(max=log_cap).exp()
+        ctx.save_for_backward(log_scale, value)
+        ctx.log_cap = log_cap
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        log_scale, value = ctx.saved_tensors
+        # The direction is that of the whole batch: each rank sees only its own share, and shares may disagree.
+        gradient = dist.sum_over_ranks(grad * value) / dist.world_size()
+        outwards = (log_scale >= ctx.log_cap) & (gradient < 0)  # descent would raise the scale
+        return gradient.masked_fill(outwards, 0.0).to(log_scale.dtype), None
+
+
+def capped_exp(log_scale: Tensor, cap: float) -> Tensor:
+    """min(exp(log_scale), cap) in fp32, [1] -> [1], with the gradient of a projection onto the ceiling.
+
+    The gradient is averaged over ranks here, so that all of them block or pass it together. Collective in its backward.
+    """
+    return _CappedExp.apply(log_scale, math.log(cap))

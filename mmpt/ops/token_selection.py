@@ -1,0 +1,62 @@
+"""Which tokens take part in FILIP's late interaction."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mmpt import dist
+from mmpt.batch import Tokens
+
+TILE_ROWS = 2048
+
+
+def drop_ends(tokens: Tokens) -> Tokens:
+    """Without the first and last token of each sequence, [SOT] and [EOT]; a sequence of just these keeps them."""
+    place, lengths = tokens.position(), tokens.lengths()
+    length = lengths[tokens.sequence_index()]
+    inner = (place > 0) & (place < length - 1) | (length <= 2)
+    kept = torch.where(lengths > 2, lengths - 2, lengths)
+    return Tokens(tokens.x[inner], _offsets(kept), max(tokens.longest - 2, min(tokens.longest, 2)))
+
+
+@torch.no_grad()
+def token_maxima(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's highest product with any token of the other side: [T_i, D], [T_t, D] -> [T_i], [T_t]."""
+    of_image, of_text = [], torch.full((len(text),), -math.inf, device=text.device)
+    for rows in image.split(TILE_ROWS):
+        products = (rows @ text.T).float()
+        of_image.append(products.amax(dim=1))
+        of_text = torch.maximum(of_text, products.amax(dim=0))
+    return torch.cat(of_image), of_text
+
+
+def keep_top_tokens(image: Tokens, text: Tokens, ratio: float, scope: str) -> tuple[Tokens, Tokens]:
+    """The ceil(ratio * length) tokens of each sequence with the highest product with any token of the other side.
+
+    scope `local`: the other side is this rank's batch, as published (Yao et al. 2022, section 3.1, "efficient
+    implementation": 25 %, chosen within the local worker); `global`: that of all ranks. The choice has no gradient;
+    the kept tokens do, and stay in order.
+    """
+    if scope == "local":
+        of_image, of_text = token_maxima(image.x, text.x)
+    else:
+        with torch.no_grad():
+            everything = dist.gather_tokens(text)
+        of_image, of_all = token_maxima(image.x, everything.x)
+        own = int(everything.offsets[dist.rank() * (len(text.offsets) - 1)])
+        of_text = dist.max_over_ranks(of_all)[own : own + len(text.x)]
+    return _keep_highest(image, of_image, ratio), _keep_highest(text, of_text, ratio)
+
+
+def _keep_highest(tokens: Tokens, value: Tensor, ratio: float) -> Tokens:
+    index = tokens.sequence_index()
+    by_value = torch.argsort(value, descending=True, stable=True)
+    order = by_value[torch.argsort(index[by_value], stable=True)]  # sequence by sequence, highest first
+    keep = torch.ceil(tokens.lengths() * ratio).int()  # [B]
+    chosen = order[tokens.position() < keep[index]].sort().values
+    return Tokens(tokens.x[chosen], _offsets(keep), math.ceil(tokens.longest * ratio))
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
