@@ -6,7 +6,7 @@ text only       a bigram model of captions, which sees no image: how often it fi
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmpt.evals.ranking import expected_hits
-from mmpt.evals.retrieval import Pairs, find_truth, retrieval
+from mmpt.evals.retrieval import find_truth
 
 BINS = 8
 """Histogram bins along each of red, green and blue."""
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge penalties tried, relative to the mean variance of the histogram's features."""
 VALIDATION_SHARE = 0.1
+MOST_WORDS = 2000
+"""The vocabulary is this many words, the most frequent ones."""
 
 
 def colour_histograms(images: Tensor) -> Tensor:
@@ -50,9 +52,9 @@ class BagOfWords(NamedTuple):
         """[C, V] unit vectors: which words a caption has, each centred and scaled to unit variance."""
         return normalize((_word_counts(captions, self.vocabulary) - self.word_mean) / self.word_scale, dim=1)
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """[A, V] unit vectors: the words that the histogram predicts."""
-        return normalize((colour_histograms(images) - self.histogram_mean) @ self.weight, dim=1)
+    def encode_image(self, histograms: Tensor) -> Tensor:
+        """[A, V] unit vectors: the words that each histogram [A, BINS**3] predicts."""
+        return normalize((histograms - self.histogram_mean) @ self.weight, dim=1)
 
     def score(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines, the same both ways."""
@@ -60,23 +62,21 @@ class BagOfWords(NamedTuple):
         return cosines, cosines
 
 
-def fit_bag_of_words(images: Tensor, captions: Sequence[str]) -> BagOfWords:
+def fit_bag_of_words(histograms: Tensor, captions: Sequence[str]) -> BagOfWords:
     """Ridge regression from colour histograms to caption words, all in float64.
 
-    images [A, 3, H, W] uint8, one caption each. The penalty is the one of RIDGES with the best R@10, both ways, on the
-    last VALIDATION_SHARE of the data, which then joins the rest for the final fit.
+    histograms [A, BINS**3] of images, one caption each. The penalty is the one of RIDGES with the best R@10, both
+    ways, on the last VALIDATION_SHARE of the data, which then joins the rest for the final fit.
     """
     held = max(1, int(len(captions) * VALIDATION_SHARE))
-    histograms = colour_histograms(images)
-    best = max(
-        RIDGES,
-        key=lambda ridge: _recall(_fit(histograms[:-held], captions[:-held], ridge), images[-held:], captions[-held:]),
-    )
+    fitted = {ridge: _fit(histograms[:-held], captions[:-held], ridge) for ridge in RIDGES}
+    best = max(RIDGES, key=lambda ridge: _recall(fitted[ridge], histograms[-held:], captions[-held:]))
     return _fit(histograms, captions, best)
 
 
 def _fit(histograms: Tensor, captions: Sequence[str], ridge: float) -> BagOfWords:
-    vocabulary = {word: i for i, word in enumerate(sorted({word for text in captions for word in _words(text)}))}
+    frequent = Counter(word for text in captions for word in _words(text)).most_common(MOST_WORDS)
+    vocabulary = {word: i for i, (word, _) in enumerate(sorted(frequent))}
     words = _word_counts(captions, vocabulary)
     word_mean, word_scale = words.mean(0), words.std(0).clamp(min=1e-3)
     histogram_mean = histograms.mean(0)
@@ -86,8 +86,8 @@ def _fit(histograms: Tensor, captions: Sequence[str], ridge: float) -> BagOfWord
     return BagOfWords(vocabulary, word_mean, word_scale, histogram_mean, torch.linalg.solve(gram + penalty, x.T @ y))
 
 
-def _recall(control: BagOfWords, images: Tensor, captions: Sequence[str]) -> float:
-    scores = control.score(control.encode_image(images), control.encode_text(captions))[0]
+def _recall(control: BagOfWords, histograms: Tensor, captions: Sequence[str]) -> float:
+    scores = control.score(control.encode_image(histograms), control.encode_text(captions))[0]
     truth = find_truth(len(captions), range(len(captions)), captions)
     both = expected_hits(scores, truth.texts_of_image, (10,)), expected_hits(scores.T, truth.images_of_text, (10,))
     return float(torch.cat(both).mean())
@@ -105,16 +105,6 @@ def _word_counts(captions: Sequence[str], vocabulary: dict[str, int]) -> Tensor:
             if word in vocabulary:
                 counts[row, vocabulary[word]] += 1
     return torch.from_numpy(counts)
-
-
-def bag_of_words_retrieval(
-    control: BagOfWords, images: Tensor, captions: Sequence[str], says: Sequence[Hashable]
-) -> dict[str, float]:
-    """The control's R@K, as `retrieval` names them. For one process: every rank would do the same work."""
-    owner = list(range(len(captions)))
-    return dict(
-        retrieval(control, Pairs(control.encode_image(images), control.encode_text(captions), owner, list(says)))
-    )
 
 
 class Bigrams(NamedTuple):

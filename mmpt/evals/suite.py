@@ -56,9 +56,13 @@ def evaluate(
         (run_retrieval, config.retrieval), (run_zero_shot, config.zero_shot), (run_scenes, config.scenes),
     ):  # fmt: skip
         for folder in folders:
-            label = "/".join(folder.rstrip("/").split("/")[-2:])
-            scores |= {f"eval/{label}/{name}": value for name, value in run(rank, method, folder)}
+            scores |= {f"{prefix(folder)}{name}": value for name, value in run(rank, method, folder)}
     return scores
+
+
+def prefix(folder: str) -> str:
+    """What the names of a data set's values begin with."""
+    return "eval/" + "/".join(folder.rstrip("/").split("/")[-2:]) + "/"
 
 
 @dataclass(frozen=True)

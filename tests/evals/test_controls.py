@@ -12,12 +12,12 @@ from PIL import Image
 from data_tools.scenes import make_sample
 from mmpt.evals.controls import (
     BINS,
-    bag_of_words_retrieval,
     colour_histograms,
     fit_bag_of_words,
     fit_bigrams,
     text_only_twins,
 )
+from mmpt.evals.retrieval import Pairs, retrieval
 
 
 def drawn(split: str, count: int) -> tuple[torch.Tensor, list[dict]]:
@@ -37,15 +37,15 @@ def test_histograms_count_pixels():
 
 def test_the_bag_of_words_finds_captions_by_their_colours_and_not_by_shapes():
     images, known = drawn("train", 1200)
-    control = fit_bag_of_words(images, [scene["caption"] for scene in known])
+    control = fit_bag_of_words(colour_histograms(images), [scene["caption"] for scene in known])
     held_images, held = drawn("held_out", 100)
     captions = [scene["caption"] for scene in held]
-    found = bag_of_words_retrieval(control, held_images, captions, [scene["says"] for scene in held])
+    image, text = control.encode_image(colour_histograms(held_images)), control.encode_text(captions)
+    found = dict(retrieval(control, Pairs(image, text, list(range(100)), [scene["says"] for scene in held])))
     assert found["image_to_text_R@10"] > 3 * found["image_to_text_R@10_chance"]
     assert found["text_to_image_R@10"] > 3 * found["text_to_image_R@10_chance"]
     twins = control.encode_text([scene["twin"]["caption"] for scene in held])
-    scores = control.score(control.encode_image(held_images), control.encode_text(captions))[0].diagonal()
-    twin_scores = control.score(control.encode_image(held_images), twins)[0].diagonal()
+    scores, twin_scores = (control.score(image, t)[0].diagonal() for t in (text, twins))
     articles = torch.tensor(
         [scene["caption"].count(" an ") == scene["twin"]["caption"].count(" an ") for scene in held]
     )
