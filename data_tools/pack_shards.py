@@ -70,8 +70,9 @@ class ShardWriter:
             self._tar.close()
             self._temporary().replace(self._folder / f"{name}.tar")
         table = io.BytesIO()
-        columns = dict.fromkeys(name for row in self._rows for name in row)  # rows of JSON may differ in their fields
-        parquet.write_table(pa.table({name: [row.get(name) for row in self._rows] for name in columns}), table)
+        names = dict.fromkeys(name for row in self._rows for name in row)  # rows of JSON may differ in their fields
+        columns = {name: _column([row.get(name) for row in self._rows]) for name in names}
+        parquet.write_table(pa.table(columns), table)
         (self._folder / f"{name}.parquet").write_bytes(table.getvalue())
         statuses = Counter(row["status"] for row in self._rows)
         stats = {
@@ -83,3 +84,11 @@ class ShardWriter:
 
     def _temporary(self) -> Path:
         return self._folder / f"{self._shard:05d}.tar.tmp"
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """Values of one type as they are; of several types, as JSON."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([json.dumps(value, ensure_ascii=False) for value in values])

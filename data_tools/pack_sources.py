@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from mmpt.data.tar import ShardError, read_members
@@ -37,22 +38,23 @@ class TarImages:
     """Images in a tar archive, named by their path in it. Raises ShardError when the archive is damaged."""
 
     def __init__(self, path: Path):
-        size = path.stat().st_size
-        self._file = path.open("rb")
+        self._path = path
         self._places: dict[str, tuple[int, int]] = {}
-        for member in read_members(self._file, str(path), 0, size, to_end=True):
-            if member.is_file():
-                self._places[member.path.removeprefix("./")] = member.data_start, member.size
-            elif member.kind != b"5":  # folders are harmless
-                reason = f"{member.path!r} is neither a file nor a folder (type {member.kind!r})"
-                raise ShardError(str(path), member.header_start, reason, "make the archive again with plain files only")
+        with path.open("rb") as file:
+            for member in read_members(file, str(path), 0, path.stat().st_size, to_end=True):
+                if member.is_file():
+                    self._places[member.path.removeprefix("./")] = member.data_start, member.size
+                elif member.kind != b"5":  # folders are harmless
+                    reason = f"{member.path!r} is neither a file nor a folder (type {member.kind!r})"
+                    raise ShardError(str(path), member.header_start, reason, "make the archive again with plain files")
 
     def read(self, name: str) -> bytes | None:
         if name not in self._places:
             return None
         start, size = self._places[name]
-        self._file.seek(start)
-        return self._file.read(size)
+        with self._path.open("rb") as file:
+            file.seek(start)
+            return file.read(size)
 
 
 def open_images(path: Path) -> ImageSource:
@@ -77,7 +79,7 @@ def read_pairs(table: Path, image_column: str, caption_columns: list[str], separ
     """The rows of a table, in order, those of one image merged into one pair at the place of the first.
 
     separator: splits one cell into several captions. Each caption is stripped and its runs of white space become one
-    space; empty ones are left out. Raises ValueError when a column is missing or a row is malformed.
+    space; empty ones are left out. Raises ValueError when a column is missing, a row malformed, or there is no row.
     """
     captions: dict[str, list[str]] = {}
     first_rows: dict[str, dict] = {}
@@ -89,6 +91,8 @@ def read_pairs(table: Path, image_column: str, caption_columns: list[str], separ
         first_rows.setdefault(name, row)
         found = captions.setdefault(name, [])
         found += [text for column in caption_columns for text in _texts(row[column], separator) if text not in found]
+    if not captions:
+        raise ValueError(f"{table} has no rows")
     return [Pair(name, tuple(captions[name]), row) for name, row in first_rows.items()]
 
 
@@ -102,13 +106,20 @@ def _rows(table: Path) -> Iterator[dict]:
     if table.suffix not in TABLE_SUFFIXES:
         raise ValueError(f"{table}: a table of captions ends in {', '.join(TABLE_SUFFIXES)}")
     if table.suffix == ".parquet":
-        with parquet.ParquetFile(table) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
+        yield from _parquet_rows(table)
     elif table.suffix == ".jsonl":
         yield from _json_rows(table)
     else:
         yield from _delimited_rows(table)
+
+
+def _parquet_rows(table: Path) -> Iterator[dict]:
+    try:
+        with parquet.ParquetFile(table) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"{table}: {error}") from error
 
 
 def _json_rows(table: Path) -> Iterator[dict]:

@@ -6,7 +6,7 @@ transformers loads, and the tokenizer adds the special tokens itself.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    captions = read_captions(load_manifest(args.shards), args.caption_field)
+    manifest = load_manifest(args.shards)
     train = train_bpe if args.kind == "bpe" else train_wordpiece
-    tokenizer = train(captions, args.vocab_size, lower_case=not args.keep_case)
+    tokenizer = train(
+        lambda: read_captions(manifest, args.caption_field), args.vocab_size, lower_case=not args.keep_case
+    )
     save(tokenizer, args.kind, args.out)
     print(f"{args.out}: {tokenizer.get_vocab_size():,} tokens")
 
@@ -53,8 +55,8 @@ def read_captions(manifest: Manifest, caption_field: str) -> Iterator[str]:
                 raise ValueError(f"{sample.shard}: sample {sample.key!r}: {error}") from error
 
 
-def train_bpe(captions: Iterator[str], vocab_size: int, lower_case: bool) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016, on bytes): no text is outside its vocabulary."""
+def train_bpe(read: Callable[[], Iterable[str]], vocab_size: int, lower_case: bool) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016, on bytes): no text is outside its vocabulary. `read` gives all captions."""
     _check_vocab_size(vocab_size, BYTES + 2)
     tokenizer = Tokenizer(models.BPE())
     clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
@@ -65,21 +67,41 @@ def train_bpe(captions: Iterator[str], vocab_size: int, lower_case: bool) -> Tok
         vocab_size=vocab_size, special_tokens=[START, END], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.train_from_iterator(read(), trainer)
     _add_special(tokenizer, START, END)
     return tokenizer
 
 
-def train_wordpiece(captions: Iterator[str], vocab_size: int, lower_case: bool) -> Tokenizer:
-    """WordPiece (Schuster and Nakajima 2012) with BERT's cleaning; a word with an unseen character becomes [UNK]."""
-    _check_vocab_size(vocab_size, len(BERT_SPECIAL) + 1)
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(BERT_SPECIAL), show_progress=False)
-    tokenizer.train_from_iterator(captions, trainer)
+def train_wordpiece(read: Callable[[], Iterable[str]], vocab_size: int, lower_case: bool) -> Tokenizer:
+    """WordPiece (Schuster and Nakajima 2012) with BERT's cleaning; a word with an unseen character becomes [UNK].
+
+    read: gives all captions, and is called twice: the characters inside words are numbered before training, because the
+    trainer would number them in the random order of a hash table and break ties between merges by these numbers.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=lower_case), pre_tokenizers.BertPreTokenizer()
+    inside = sorted({
+        f"##{character}"
+        for caption in read()
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption))
+        for character in word[1:]
+    })  # fmt: skip
+    _check_vocab_size(vocab_size, len(BERT_SPECIAL) + len(inside) + 1)
+    learner = _wordpiece(models.WordPiece(unk_token="[UNK]"), normalizer, splitter)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[*BERT_SPECIAL, *inside], show_progress=False
+    )
+    learner.train_from_iterator(read(), trainer)
+    tokenizer = _wordpiece(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"), normalizer, splitter)
+    tokenizer.add_special_tokens(list(BERT_SPECIAL))
     _add_special(tokenizer, "[CLS]", "[SEP]")
+    return tokenizer
+
+
+def _wordpiece(
+    model: models.WordPiece, normalizer: normalizers.Normalizer, splitter: pre_tokenizers.PreTokenizer
+) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoders.WordPiece()
     return tokenizer
 
 

@@ -72,7 +72,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        batch = _unless_error(next(self._batches))
+        batch = _next(self._batches)
         self.state += self._global_batch
         return batch
 
@@ -80,6 +80,10 @@ class Loader:
     def epoch(self) -> float:
         """Passes over the data so far."""
         return self.state / self.samples_per_epoch
+
+    def worker_pids(self) -> list[int]:
+        """The processes that make the batches; none when that is this process."""
+        return [worker.pid for worker in getattr(self._batches, "_workers", [])]
 
     def close(self) -> None:
         """End the workers. Safe to call twice."""
@@ -158,7 +162,14 @@ def _start(pipeline: Pipeline, work: Iterable[Work], workers: int, evaluation: b
     return iter(loader)
 
 
-def _unless_error(made: Any) -> Any:
+def _next(batches: Iterator[Any]) -> Any:
+    """The next thing made. Raises the error that it met, and RuntimeError when its worker is gone."""
+    try:
+        made = next(batches)
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise RuntimeError(f"a data worker died ({str(error).splitlines()[0]}): out of memory?") from error
+        raise
     if isinstance(made, Exception):
         raise made
     return made
@@ -183,10 +194,11 @@ def eval_batches(
     if manifest is None:
         manifest, caption_field = load_manifest(shards), config.caption_field
     pipeline = replace(_pipeline(config, manifest, inputs, seed=0), caption_field=caption_field)
-    batches = _start(pipeline, _evaluation_work(manifest, rank, world_size, batch), config.workers, evaluation=True)
+    work = _evaluation_work(manifest, rank, world_size, batch)
+    batches = _start(pipeline, work, config.workers, evaluation=True)
     try:
-        for made in batches:
-            yield _unless_error(made)
+        for _ in work:
+            yield _next(batches)
     finally:
         _stop(batches)
 

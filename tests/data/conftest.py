@@ -21,7 +21,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a byte-level BPE of 300 tokens."""
     folder = tmp_path_factory.mktemp("data") / "tokenizer"
-    save(train_bpe(map(caption, range(200)), 300, lower_case=True), "bpe", Path(folder))
+    save(train_bpe(lambda: map(caption, range(200)), 300, lower_case=True), "bpe", Path(folder))
     return str(folder)
 
 

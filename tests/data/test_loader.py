@@ -1,0 +1,302 @@
+"""The promises of the loader: the same tensors whatever the ranks, workers and restarts, and errors that are errors."""
+
+import os
+import signal
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmpt.batch import Batch, InputSpec, concatenate, unpack
+from mmpt.data.image import ImageConfig, decode, evaluation_image
+from mmpt.data.loader import DataConfig, Loader, build_loader, eval_batches
+from mmpt.data.manifest import FILE_NAME
+from mmpt.data.tar import ShardError
+from mmpt.data.text import load_tokenizer
+from tests.data.shards import caption, picture
+
+GLOBAL_BATCH = 24
+VARIED = ImageConfig(crop_scale=(0.3, 1.0), flip_probability=0.5, colour_jitter=0.3)
+
+
+@pytest.fixture(scope="session")
+def config(shards: str, tokenizer: str) -> DataConfig:
+    return DataConfig(shards, tokenizer, workers=0, lanes=6, window_chunks=2, image=VARIED)
+
+
+def take(loader: Loader, steps: int) -> list[Batch]:
+    try:
+        return [next(loader) for _ in range(steps)]
+    finally:
+        loader.close()
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """The batches of all ranks as the global batch."""
+    return Batch(
+        torch.cat([part.images for part in parts]),
+        concatenate([part.text for part in parts]),
+        torch.cat([part.positions for part in parts]),
+        torch.cat([part.kept_patches for part in parts]),  # type: ignore[arg-type]
+        tuple(key for part in parts for key in part.keys),
+    )
+
+
+def assert_same(a: Batch, b: Batch) -> None:
+    assert a.keys == b.keys
+    assert torch.equal(a.images, b.images)
+    assert torch.equal(a.text.x, b.text.x) and torch.equal(a.text.offsets, b.text.offsets)
+    assert torch.equal(a.positions, b.positions)
+    assert torch.equal(a.kept_patches, b.kept_patches)  # type: ignore[arg-type]
+
+
+def global_batches(
+    config: DataConfig, inputs: InputSpec, steps: int, world_size: int = 1, start: int = 0
+) -> list[Batch]:
+    ranks = [
+        take(build_loader(config, inputs, 5, GLOBAL_BATCH, rank, world_size, start), steps)
+        for rank in range(world_size)
+    ]
+    return [joined(list(parts)) for parts in zip(*ranks, strict=True)]
+
+
+def test_a_batch_is_what_it_says(config: DataConfig, inputs: InputSpec):
+    (batch,) = take(build_loader(config, inputs, 5, GLOBAL_BATCH, rank=1, world_size=3), 1)
+    assert batch.images.shape == (8, 3, 16, 16) and batch.images.dtype == torch.uint8 and len(set(batch.keys)) == 8
+    assert batch.positions.dtype == torch.int64
+    assert batch.kept_patches is not None and batch.kept_patches.shape == (8, 8)
+    assert batch.kept_patches.dtype == torch.int64 and bool((batch.kept_patches.diff(dim=1) > 0).all())
+    assert int(batch.kept_patches.min()) >= 0 and int(batch.kept_patches.max()) < 16
+    tokenizer = load_tokenizer(config.tokenizer)
+    for key, ids in zip(batch.keys, unpack(batch.text), strict=True):
+        full = [caption(int(key)), caption(int(key) + 1)]
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert any(choice.startswith(text) for choice in full) and text
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_world_size_changes_no_tensor(config: DataConfig, inputs: InputSpec, world_size: int):
+    alone = global_batches(config, inputs, 6)
+    for a, b in zip(alone, global_batches(config, inputs, 6, world_size), strict=True):
+        assert_same(a, b)
+
+
+def test_resuming_changes_no_tensor(config: DataConfig, inputs: InputSpec):
+    steps = 10  # two and a half epochs
+    whole = global_batches(config, inputs, steps)
+    pieces, state = [], 0
+    for (first, last), world_size in zip(pairwise([0, 1, 4, 5, steps]), (2, 1, 3, 4), strict=True):
+        loaders = [build_loader(config, inputs, 5, GLOBAL_BATCH, rank, world_size, state) for rank in range(world_size)]
+        for _ in range(first, last):
+            pieces.append(joined([next(loader) for loader in loaders]))
+        (state,) = {loader.state for loader in loaders}
+        for loader in loaders:
+            loader.close()
+    assert state == steps * GLOBAL_BATCH
+    for a, b in zip(whole, pieces, strict=True):
+        assert_same(a, b)
+
+
+def test_each_epoch_delivers_each_sample_once(config: DataConfig, inputs: InputSpec):
+    batches = global_batches(config, inputs, 17)  # 408 samples: four epochs of 97 and some
+    by_epoch = [Counter[str]() for _ in range(5)]
+    for batch in batches:
+        for key, position in zip(batch.keys, batch.positions.tolist(), strict=True):
+            by_epoch[position // 97][key] += 1
+    for counts in by_epoch[:4]:
+        assert len(counts) == 97 and set(counts.values()) == {1}
+
+
+def test_a_sample_varies_between_epochs(config: DataConfig, inputs: InputSpec):
+    seen: dict[str, list[tuple]] = {}
+    for batch in global_batches(config, inputs, 17):
+        for i, (key, ids) in enumerate(zip(batch.keys, unpack(batch.text), strict=True)):
+            kept = batch.kept_patches[i]  # type: ignore[index]
+            seen.setdefault(key, []).append(
+                (tuple(ids.tolist()), batch.images[i].numpy().tobytes(), tuple(kept.tolist()))
+            )
+    times = [len(views) for views in seen.values()]
+    assert min(times) >= 4
+    assert all(len({view[1] for view in views}) == len(views) for views in seen.values())
+    assert all(len({view[2] for view in views}) == len(views) for views in seen.values())
+    both = [key for key, views in seen.items() if len({view[0] for view in views}) == 2]
+    assert len(both) > 0.6 * 97  # of four draws of two captions, 7 in 8 show both
+
+
+def test_kept_patches_are_uniform_and_absent_where_all_are_kept(config: DataConfig, inputs: InputSpec):
+    counts = torch.zeros(16)
+    for batch in global_batches(config, inputs, 40):
+        counts += torch.bincount(batch.kept_patches.flatten(), minlength=16)  # type: ignore[union-attr]
+    assert counts.sum() == 40 * GLOBAL_BATCH * 8
+    assert bool(((counts / (40 * GLOBAL_BATCH) - 0.5).abs() < 0.08).all())  # 5 sigma
+    (batch,) = take(build_loader(config, replace(inputs, kept_patches=16), 5, GLOBAL_BATCH, 0, 1), 1)
+    assert batch.kept_patches is None
+
+
+def test_the_global_random_state_is_left_alone(config: DataConfig, inputs: InputSpec):
+    before = torch.get_rng_state()
+    take(build_loader(config, inputs, 5, GLOBAL_BATCH, 0, 1), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_fingerprint_tells_when_a_state_means_something_else(config: DataConfig, inputs: InputSpec):
+    def fingerprint(config: DataConfig, seed: int = 5, rank: int = 0, world_size: int = 1) -> str:
+        return build_loader(config, inputs, seed, GLOBAL_BATCH, rank, world_size).fingerprint
+
+    same = {
+        fingerprint(config),
+        fingerprint(config, rank=1, world_size=2),
+        fingerprint(replace(config, image=ImageConfig())),
+    }
+    others = {
+        fingerprint(config, seed=6),
+        fingerprint(replace(config, lanes=12)),
+        fingerprint(replace(config, window_chunks=3)),
+    }
+    assert len(same) == 1 and len(others) == 3 and not same & others
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_no_tensor(config: DataConfig, inputs: InputSpec, workers: int):
+    alone = global_batches(config, inputs, 7)
+    for a, b in zip(alone, global_batches(replace(config, workers=workers), inputs, 7), strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.slow
+def test_the_state_counts_what_was_delivered_not_what_was_fetched_ahead(config: DataConfig, inputs: InputSpec):
+    loader = build_loader(replace(config, workers=2), inputs, 5, GLOBAL_BATCH, 0, 1)
+    assert loader.state == 0
+    next(loader)
+    assert loader.state == GLOBAL_BATCH and loader.epoch == GLOBAL_BATCH / 97
+    loader.close()
+    loader.close()
+    (second,) = take(build_loader(config, inputs, 5, GLOBAL_BATCH, 0, 1, start=loader.state), 1)
+    assert_same(second, global_batches(config, inputs, 2)[1])
+
+
+def damaged_copy(shards: str, folder: Path) -> str:
+    """A data set in which one image cannot be decoded, though the tar is intact."""
+    folder.mkdir()
+    for path in Path(shards).iterdir():
+        data = path.read_bytes()
+        if path.name == "00002.tar":
+            jpeg = picture(48)
+            data = data.replace(jpeg, jpeg[:40] + bytes(len(jpeg) - 40))
+        (folder / path.name).write_bytes(data)
+    return str(folder)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_undecodable_image_stops_with_one_line(config: DataConfig, inputs: InputSpec, tmp_path: Path, workers: int):
+    broken = replace(config, shards=damaged_copy(config.shards, tmp_path / "broken"), workers=workers)
+    with pytest.raises(ValueError, match=r"00002.tar: sample '000048': cannot be decoded") as caught:
+        take(build_loader(broken, inputs, 5, GLOBAL_BATCH, 0, 1), 5)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_shard_damaged_after_indexing_stops_with_its_error(
+    config: DataConfig, inputs: InputSpec, tmp_path: Path, workers: int
+):
+    for path in Path(config.shards).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    loader = build_loader(replace(config, shards=str(tmp_path), workers=0), inputs, 5, GLOBAL_BATCH, 0, 1)
+    loader.close()
+    shard = bytearray((tmp_path / "00000.tar").read_bytes())
+    shard[:300] = b"x" * 300
+    (tmp_path / "00000.tar").write_bytes(shard)
+    with pytest.raises(ShardError, match=r"00000.tar at byte 0: not a tar archive") as caught:
+        take(build_loader(replace(config, shards=str(tmp_path), workers=workers), inputs, 5, GLOBAL_BATCH, 0, 1), 5)
+    assert caught.value.offset == 0 and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_an_error_not_a_hang(config: DataConfig, inputs: InputSpec):
+    loader = build_loader(replace(config, workers=2), inputs, 5, GLOBAL_BATCH, 0, 1)
+    next(loader)
+    for pid in loader.worker_pids():
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"data worker died") as caught:
+        for _ in range(20):
+            next(loader)
+    assert "\n" not in str(caught.value)
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shards": ""}, "data.shards is not set"),
+        ({"shards": "/nowhere"}, "mmpt-data index"),
+        ({"tokenizer": "/nowhere"}, "no tokenizer at '/nowhere'"),
+        ({"lanes": 5}, r"lanes \(5\) must divide the global batch \(24\)"),
+        ({"caption_field": "captoin"}, "sample '.*': field 'captoin' of its .json file is None"),
+    ],
+)
+def test_what_is_amiss_is_one_line(config: DataConfig, inputs: InputSpec, change: dict, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        take(build_loader(replace(config, **change), inputs, 5, GLOBAL_BATCH, 0, 1), 1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "arguments"),
+    [
+        (r"world size \(5\)", (24, 0, 5, 0)),
+        (r"data state \(25\)", (24, 0, 1, 25)),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(config: DataConfig, inputs: InputSpec, wrong: str, arguments: tuple):
+    with pytest.raises(ValueError, match=wrong):
+        build_loader(config, inputs, 5, *arguments)
+
+
+def test_vocabulary_is_checked_before_any_batch(config: DataConfig, inputs: InputSpec):
+    with pytest.raises(ValueError, match="vocab_size is 100"):
+        build_loader(config, replace(inputs, vocab_size=100), 5, GLOBAL_BATCH, 0, 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 97])
+@pytest.mark.parametrize("size", [10, 1000])
+def test_evaluation_sees_each_sample_once_in_stored_order(
+    config: DataConfig, inputs: InputSpec, world_size: int, size: int
+):
+    if world_size == 97:
+        ranks = [list(eval_batches(config.shards, config, inputs, rank, 97, size)) for rank in (0, 50, 96)]
+        assert [batch.keys for batches in ranks for batch, _ in batches] == [("000000",), ("000050",), ("000096",)]
+        return
+    ranks = [list(eval_batches(config.shards, config, inputs, rank, world_size, size)) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1  # every rank joins every forward pass
+    keys = [key for batches in ranks for batch, _ in batches for key in batch.keys]
+    assert keys == [f"{number:06d}" for number in range(97)]
+    assert all(len(batch) <= size and batch.kept_patches is None for batches in ranks for batch, _ in batches)
+    assert [p for batches in ranks for batch, _ in batches for p in batch.positions.tolist()] == list(range(97))
+    for batch, metadata in (pair for batches in ranks for pair in batches):
+        for i, known in enumerate(metadata):
+            number = known["number"]
+            assert known["key"] == batch.keys[i] and known["captions"] == [caption(number), caption(number + 1)]
+            image = decode(picture(number, ("jpg", "png", "webp")[number % 3]), (255, 255, 255), 10**6)
+            assert torch.equal(batch.images[i], torch.from_numpy(evaluation_image(image, 16)))
+
+
+def test_more_ranks_than_samples_are_refused(config: DataConfig, inputs: InputSpec):
+    with pytest.raises(ValueError, match="cannot split 97 samples over 98 ranks"):
+        next(eval_batches(config.shards, config, inputs, 0, 98, 4))
+
+
+@pytest.mark.slow
+def test_evaluation_in_workers_is_the_same(config: DataConfig, inputs: InputSpec):
+    alone = list(eval_batches(config.shards, config, inputs, 0, 1, 20))
+    helped = list(eval_batches(config.shards, replace(config, workers=2), inputs, 0, 1, 20))
+    assert [known for _, known in alone] == [known for _, known in helped]
+    assert all(torch.equal(a.images, b.images) for (a, _), (b, _) in zip(alone, helped, strict=True))
+
+
+def test_the_manifest_file_may_be_named_instead_of_its_folder(config: DataConfig, inputs: InputSpec):
+    named = replace(config, shards=str(Path(config.shards) / FILE_NAME))
+    assert_same(global_batches(config, inputs, 1)[0], global_batches(named, inputs, 1)[0])

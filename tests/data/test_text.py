@@ -1,0 +1,104 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from data_tools.tokenizer import save, train_wordpiece
+from mmpt.batch import InputSpec, unpack
+from mmpt.data.text import captions_of, check_vocabulary, load_tokenizer, tokenise
+from tests.data.shards import caption
+
+
+@pytest.fixture(params=["bpe", "wordpiece"])
+def loaded(request: pytest.FixtureRequest, tokenizer: str, tmp_path: Path):
+    if request.param == "wordpiece":
+        save(train_wordpiece(lambda: map(caption, range(200)), 300, lower_case=True), "wordpiece", tmp_path)
+        tokenizer = str(tmp_path)
+    return load_tokenizer(tokenizer)
+
+
+def test_captions_come_packed_between_special_tokens(loaded, inputs: InputSpec):
+    texts = ["a red cat", "", "a blue elephant beside another animal"]
+    tokens = tokenise(loaded, texts, replace(inputs, max_text_tokens=60))
+    assert tokens.x.dtype == torch.int64 and tokens.offsets.dtype == torch.int32
+    start, end = (
+        (loaded.cls_token_id, loaded.sep_token_id) if loaded.cls_token else (loaded.bos_token_id, loaded.eos_token_id)
+    )
+    sequences = [sequence.tolist() for sequence in unpack(tokens)]
+    assert all(ids[0] == start and ids[-1] == end for ids in sequences)
+    assert sequences[1] == [start, end]
+    assert tokens.longest == max(map(len, sequences))
+    decoded = [loaded.decode(ids, skip_special_tokens=True).strip() for ids in sequences]
+    assert decoded == texts
+
+
+def test_a_long_caption_keeps_its_last_special_token(loaded, inputs: InputSpec):
+    (whole,) = unpack(tokenise(loaded, ["a cat beside a dog " * 10], replace(inputs, max_text_tokens=500)))
+    (cut,) = unpack(tokenise(loaded, ["a cat beside a dog " * 10], inputs))
+    assert len(whole) > len(cut) == 12
+    assert cut[:-1].tolist() == whole[:11].tolist() and cut[-1] == whole[-1]
+
+
+def test_case_is_the_tokenizers_business(loaded, inputs: InputSpec):
+    upper, lower = unpack(tokenise(loaded, ["A RED CAT", "a red cat"], inputs))
+    assert torch.equal(upper, lower)
+
+
+def test_padding_to_the_maximum_where_pads_are_tokens(loaded, inputs: InputSpec):
+    tokens = tokenise(loaded, ["a cat", "a dog " * 20], replace(inputs, text_padding="max"))
+    assert tokens.lengths().tolist() == [12, 12] and tokens.longest == 12
+    short = tokens.x[:12].tolist()
+    plain = tokenise(loaded, ["a cat"], inputs).x.tolist()
+    assert short == plain + [loaded.pad_token_id] * (12 - len(plain))
+
+
+def test_ids_beyond_the_vocabulary_are_refused(loaded, inputs: InputSpec):
+    largest = max(loaded.get_vocab().values())
+    check_vocabulary(loaded, replace(inputs, vocab_size=largest + 1))
+    with pytest.raises(ValueError, match=rf"largest id is {largest} and the model's vocab_size is {largest}:"):
+        check_vocabulary(loaded, replace(inputs, vocab_size=largest))
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "no-such-owner-xyz/no-such-tokenizer"])
+def test_a_missing_tokenizer_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=f"no tokenizer at '{name}'") as caught:
+        load_tokenizer(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_special_tokens_is_refused(tmp_path: Path):
+    bare = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="[UNK]").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="adds no special token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_where_captions_come_from():
+    known = json.dumps({"caption": "one", "captions": ["one", " two "], "width": 3}).encode()
+    files = {"txt": b"  a\r\n\nb  \n", "json": known, "jpg": b""}
+    assert captions_of(files, "txt") == ["a", "b"]
+    assert captions_of(files, "txt_whole") == ["a\r\n\nb"]
+    assert captions_of(files, "caption") == ["one"]
+    assert captions_of(files, "captions") == ["one", "two"]
+    assert captions_of({"txt": b" \n"}, "txt") == [""]
+
+
+@pytest.mark.parametrize(
+    ("files", "field", "message"),
+    [
+        ({"jpg": b""}, "txt", "no .txt file"),
+        ({"json": b"{}"}, "caption", "field 'caption' of its .json file is None"),
+        ({"json": b'{"caption": 3}'}, "caption", "is 3, not a text"),
+        ({"json": b"[1]"}, "caption", "not an object"),
+        ({"json": b"{"}, "caption", "Expecting property name"),
+        ({"txt": b"\xff\xfe"}, "txt", "codec can't decode"),
+    ],
+)
+def test_what_holds_no_caption_is_refused(files: dict, field: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        captions_of(files, field)
