@@ -73,6 +73,7 @@ def curves(run_dir: Path) -> str:
     )
 
 
+@torch.no_grad()
 def exhibition(rank: Rank, method: Any, folder: str, name: str) -> tuple[Album, str]:
     """Retrievals and word maps of evenly spaced samples, chosen before their results are known."""
     pixels, features, known = _first_images(rank, folder)
@@ -106,11 +107,10 @@ def exhibition(rank: Rank, method: Any, folder: str, name: str) -> tuple[Album, 
 def _first_images(rank: Rank, folder: str) -> tuple[torch.Tensor, Features, list[dict]]:
     """Pixels and features of the first SEARCHED_IMAGES or a few more, and what is known of each."""
     pixels, features, known = [], [], []
-    with torch.no_grad():
-        for batch, samples in rank.batches(folder):
-            pixels.append(batch.images)
-            features.append(rank.call("encode_image", batch.images.to(rank.device)))
-            known += samples
-            if len(known) >= SEARCHED_IMAGES:
-                break
+    for batch, samples in rank.batches(folder):
+        pixels.append(batch.images)
+        features.append(rank.call("encode_image", batch.images.to(rank.device)))
+        known += samples
+        if len(known) >= SEARCHED_IMAGES:
+            break
     return torch.cat(pixels), join(features), known

@@ -79,9 +79,9 @@ def retrieval_table(findings: Findings, folder: str) -> str:
     return (
         f"<h2>Retrieval on {escape(short_name(folder))}</h2>"
         "<p>Of all captions, is the right one among the K that fit an image best, and of all images the right one for "
-        "a caption? In per cent. Captions that say the same count as equal where the recipe says so; ties count by their "
-        "expected value. The control predicts a caption's words from the image's colour histogram by ridge regression, "
-        "fitted on the training pairs.</p>"
+        "a caption? In per cent. Captions that say the same count as equal where the recipe says so; ties count by "
+        "their expected value. The control predicts a caption's words from the image's colour histogram by ridge "
+        "regression, fitted on the training pairs.</p>"
         f'<div class="card scroll"><table><thead><tr><th></th><th colspan="{len(KS)}">image to text</th>'
         f'<th colspan="{len(KS)}">text to image</th></tr><tr><th></th>{head}{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"

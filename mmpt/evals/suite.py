@@ -40,6 +40,7 @@ class EvalConfig:
             raise ValueError(f"batch ({self.batch}) must be 1 or more, every_steps ({self.every_steps}) 0 or more")
 
 
+@torch.no_grad()
 def evaluate(
     config: EvalConfig, data: DataConfig, inputs: InputSpec, call: Call, method: Any, device: torch.device | str
 ) -> dict[str, float]:
