@@ -47,9 +47,7 @@ class Tokens(NamedTuple):
         return torch.arange(len(self.x), device=self.x.device) - self.offsets[self.sequence_index()].long()
 
     def to(self, device: torch.device | str) -> "Tokens":
-        return Tokens(
-            self.x.to(device, non_blocking=True), self.offsets.to(device, non_blocking=True), self.longest
-        )
+        return Tokens(self.x.to(device, non_blocking=True), self.offsets.to(device, non_blocking=True), self.longest)
 
 
 def pack(sequences: Sequence[Tensor]) -> Tokens:

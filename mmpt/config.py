@@ -1,4 +1,4 @@
-"""A tree of frozen dataclasses as flags, as YAML, and back. Strict: an unknown name is an error that names the near miss.
+"""A tree of frozen dataclasses as flags, as YAML, and back. Strict: an unknown name is an error with the near miss.
 
 A leaf is an int, float, str, bool, Literal, `X | None`, or a tuple of those; its flag is the dotted path to it, such as
 `--optim.lr 1e-3`. A field annotated with a Protocol (a method's configuration, say) holds any dataclass of ours; YAML

@@ -33,6 +33,9 @@ def init(timeout_seconds: float = 600.0) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks that each take all cores slow one another down many times
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     if not torch_distributed.is_initialized():
         torch_distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

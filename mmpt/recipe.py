@@ -139,7 +139,9 @@ def parse_arguments(arguments: Sequence[str]) -> Recipe:
     if known.recipe is None and not known.help:
         raise ValueError(f"--recipe is needed: one of {', '.join(names())}, or the path of a recipe.yaml")
     if known.recipe is None:
-        _print_and_exit(f"usage: deepspeed mmpt/train.py --recipe NAME [--field value ...]\nrecipes: {', '.join(names())}")
+        _print_and_exit(
+            f"usage: deepspeed mmpt/train.py --recipe NAME [--field value ...]\nrecipes: {', '.join(names())}"
+        )
     recipe = load(known.recipe)
     parser = _Parser(
         "train.py", f"deepspeed mmpt/train.py --recipe {known.recipe} [--field value ...]", add_help=False,

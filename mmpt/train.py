@@ -6,20 +6,22 @@ Values come from the recipe's function, then from flags; the whole is saved as r
 anything is built. The same command continues a run that stopped, wherever it stopped.
 """
 
+import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from mmpt import config, dist
-from mmpt.data.loader import build_loader
-from mmpt.engine.build import build, check_precision, evaluating
+from mmpt.data.loader import Loader, build_loader
+from mmpt.engine.build import Engine, build, check_precision, evaluating
 from mmpt.engine.metrics import Metrics
+from mmpt.engine.optim import learning_rate
 from mmpt.engine.resume import Progress, checkpoint_now, resume
-from mmpt.engine.schedule import lr_factor
 from mmpt.engine.step import train_step
 from mmpt.engine.writers import Writers
 from mmpt.evals.suite import evaluate
@@ -68,49 +70,46 @@ def train(recipe: Recipe) -> None:
     micro_batch = run.global_batch // world_size // parts
     engine = build(method, recipe.engine, recipe.optim, micro_batch, device)
     progress, notes = resume(run_dir, engine, run.seed, run.init)
-    inputs = recipe.method.inputs()
     loader = build_loader(
-        recipe.data, inputs, run.seed, run.global_batch, dist.rank(), world_size, start=progress.data_state
+        recipe.data, recipe.method.inputs(), run.seed, run.global_batch, dist.rank(), world_size, progress.data_state
     )
-    total_steps = recipe.total_steps()
-    last_step = min(total_steps, run.stop_at_step or total_steps)
-    writers = Writers(run_dir, progress.step, total_steps)
-    for note in notes:
-        writers.say(note)
-    writers.text("recipe", (run_dir / "recipe.yaml").read_text(), progress.step)
-    metrics = Metrics(run.global_batch, device)
+    same_data(progress, loader.fingerprint, run_dir)
+    writers = Writers(run_dir, progress.step, recipe.total_steps())
+    with closing(loader), closing(writers):
+        for note in notes:
+            writers.say(note)
+        writers.text("recipe", (run_dir / "recipe.yaml").read_text(), progress.step)
+        loop(recipe, engine, loader, progress, writers, parts)
 
-    batches = iter(loader)
+
+def loop(recipe: Recipe, engine: Engine, loader: Loader, progress: Progress, writers: Writers, parts: int) -> None:
+    """Step after step, with records, evaluations and checkpoints when they are due."""
+    run, run_dir, total_steps = recipe.run, Path(recipe.run.dir), recipe.total_steps()
+    last_step = min(total_steps, run.stop_at_step or total_steps)
+    metrics = Metrics(run.global_batch, engine.device)
     while progress.step < last_step:
         began = time.perf_counter()
-        batch = next(batches)
+        batch = next(loader)
         waited = time.perf_counter() - began
-        lr = recipe.optim.lr * lr_factor(
-            progress.applied_steps,
-            recipe.optim.warmup_steps,
-            total_steps,
-            recipe.optim.decay,
-            recipe.optim.final_lr_fraction,
-        )
-        result, terms = train_step(engine, [part.to(device) for part in batch.split(parts)], lr)
-        advance(progress, result.applied, loader.state, recipe)
+        lr = learning_rate(recipe.optim, progress.applied_steps, total_steps)
+        result, terms = train_step(engine, [part.to(engine.device) for part in batch.split(parts)], lr)
+        advance(progress, result.applied, loader.state, recipe.engine.max_consecutive_skips)
         metrics.add(result, terms, waited, time.perf_counter() - began)
         writers.advance(progress.step)
         last = progress.step == last_step
 
         if last or progress.step % run.log_every_steps == 0:
-            samples = progress.step * run.global_batch
-            record = metrics.record() | {"learning_rate": lr, "samples": samples}
-            writers.record(progress.step, record | {"epoch": samples / loader.samples_per_epoch}, SHOWN)
+            record = metrics.record() | {"learning_rate": lr, "samples": progress.data_state, "epoch": loader.epoch}
+            writers.record(progress.step, record, SHOWN)
         if progress.step == total_steps or due(progress.step, recipe.evals.every_steps):
             with evaluating(engine):
-                scores = evaluate(recipe.evals, recipe.data, inputs, engine, method, device)
+                scores = evaluate(
+                    recipe.evals, recipe.data, recipe.method.inputs(), engine, engine.method, engine.device
+                )
             writers.record(progress.step, scores, tuple(scores))
         if last or progress.step % run.checkpoint_every_steps == 0:
             checkpoint_now(run_dir, engine, progress, run.keep_last, run.keep_every_steps)
     writers.say(f"{'finished' if progress.step == total_steps else 'stopped'} at step {progress.step} in {run_dir}")
-    loader.close()
-    writers.close()
 
 
 def open_run_dir(run_dir: Path, recipe: Recipe) -> None:
@@ -129,13 +128,20 @@ def open_run_dir(run_dir: Path, recipe: Recipe) -> None:
         raise ValueError(problem)
 
 
-def advance(progress: Progress, applied: bool, data_state: int, recipe: Recipe) -> None:
+def same_data(progress: Progress, fingerprint: str, run_dir: Path) -> None:
+    """Remember what data a run began with; ValueError when it is continued on other data."""
+    if progress.data_fingerprint not in ("", fingerprint):
+        raise ValueError(f"the shards are not those that {run_dir} began with; choose another --run.dir")
+    progress.data_fingerprint = fingerprint
+
+
+def advance(progress: Progress, applied: bool, data_state: int, max_consecutive_skips: int) -> None:
     """Count the step; ValueError when too many in a row could not be applied. All ranks decide alike."""
     progress.step += 1
     progress.data_state = data_state
     progress.applied_steps += applied
     progress.consecutive_skips = 0 if applied else progress.consecutive_skips + 1
-    if progress.consecutive_skips >= recipe.engine.max_consecutive_skips:
+    if progress.consecutive_skips >= max_consecutive_skips:
         raise ValueError(
             f"the gradient was not finite in {progress.consecutive_skips} steps in a row, up to step {progress.step}; "
             "nothing was updated in them. The last checkpoint is whole: continue with a lower optim.lr or another seed"
@@ -147,4 +153,7 @@ def due(step: int, every_steps: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # library threads still alive at interpreter exit abort a finished rank now and then

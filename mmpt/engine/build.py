@@ -24,7 +24,7 @@ class EngineConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Compute precision; master weights and optimizer moments are fp32 in each."""
     max_micro_batch: int = 1024
-    """Most pairs per device in one forward; a larger share of the global batch is accumulated with all its negatives."""
+    """Most pairs per device in one forward; a larger share of the batch is accumulated, keeping all its negatives."""
     bucket_elements: int = 50_000_000
     """Elements per communication bucket of gradients and parameters."""
     overlap_communication: bool = True

@@ -120,7 +120,7 @@ class Pieces:
         return {name for found, name in self._index if found == kind}
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        """Values [start, start + length) of the flattened whole. ValueError if the checkpoint does not hold them all."""
+        """Values [start, start + length) of the flattened whole. ValueError if the checkpoint does not hold all."""
         parts, reached = [], start
         for first, count, file in sorted(self._index[kind, name]):
             low, high = max(reached, first), min(start + length, first + count)

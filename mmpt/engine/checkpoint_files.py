@@ -30,7 +30,7 @@ class SavedFile:
     bytes: int
     sha256: str
     contents: tuple[tuple[str, str, int, int], ...]
-    """(kind, parameter, start, length) of every tensor: kind is `master`, a moment's name, `frozen`, `buffer`, `rng`."""
+    """(kind, parameter, start, length) of every tensor; kind: `master`, a moment's name, `frozen`, `buffer`, `rng`."""
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,9 @@ class Metrics:
         Times are those of the slowest rank.
         """
         names = sorted(self._terms)
-        local = torch.stack(
-            [torch.stack([self._terms[n].sum.float(), torch.as_tensor(self._terms[n].count, device=self.device).float()])
-             for n in names]
-        )  # fmt: skip
+        local = torch.tensor([[0.0, 0.0]] * len(names), device=self.device)
+        for row, name in zip(local, names, strict=True):
+            row[0], row[1] = self._terms[name].sum, self._terms[name].count
         sums = dist.sum_over_ranks(local).tolist()
         out: dict[str, float] = {"loss": 0.0}
         for name, (total, count) in zip(names, sums, strict=True):
@@ -58,7 +57,12 @@ class Metrics:
                 out["loss"] += self._terms[name].weight * value
         seconds = time.perf_counter() - self._since
         times = sorted(self._step_seconds)
-        slowest = [seconds, self._data_seconds / seconds, *(_percentile(times, q) for q in (0.5, 0.95, 1.0)), memory_gib()]
+        slowest = [
+            seconds,
+            self._data_seconds / seconds,
+            *(_percentile(times, q) for q in (0.5, 0.95, 1.0)),
+            memory_gib(),
+        ]
         worst = dist.max_over_ranks(torch.tensor(slowest, device=self.device)).tolist()
         pairs = self.pairs_per_step * len(times)
         out |= {

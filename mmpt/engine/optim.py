@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpt.engine.lamb import Lamb
-from mmpt.engine.schedule import Decay
+from mmpt.engine.schedule import Decay, lr_factor
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class OptimConfig:
     """Towers that are not trained (LiT locks the image tower); projections and temperature always train."""
     layer_decay: float = 1.0
     """Factor on the learning rate per block below the top one of each tower; 1 is none."""
+
+
+def learning_rate(config: OptimConfig, applied_steps: int, total_steps: int) -> float:
+    """For the update after `applied_steps` updates."""
+    factor = lr_factor(applied_steps, config.warmup_steps, total_steps, config.decay, config.final_lr_fraction)
+    return config.lr * factor
 
 
 TOWER = re.compile(r"(?:^|\.)(image|text)\.")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from mmpt import dist
@@ -34,7 +33,7 @@ class Segment:
         return flat.view(-1)[self.flat_start : self.flat_start + self.length]
 
 
-def segments(engine: DeepSpeedEngine) -> list[Segment]:
+def segments(engine: Any) -> list[Segment]:
     """Every segment that this rank's optimizer holds, in the optimizer's order."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     stage = engine.zero_optimization_stage()
@@ -47,7 +46,7 @@ def segments(engine: DeepSpeedEngine) -> list[Segment]:
     return _segments_of_flat_groups(engine, names) if stage < 3 else _segments_of_shards(engine, names)
 
 
-def _segments_of_flat_groups(engine: DeepSpeedEngine, names: dict[int, str]) -> list[Segment]:
+def _segments_of_flat_groups(engine: Any, names: dict[int, str]) -> list[Segment]:
     """ZeRO 1 and 2: a group's parameters are laid end to end and the whole is cut into W equal partitions."""
     zero: Any = engine.optimizer
     found: list[Segment] = []
@@ -67,8 +66,8 @@ def _segments_of_flat_groups(engine: DeepSpeedEngine, names: dict[int, str]) -> 
     return found
 
 
-def _segments_of_shards(engine: DeepSpeedEngine, names: dict[int, str]) -> list[Segment]:
-    """ZeRO 3: every parameter is cut into W equal shards, the last ones padded; a group's shards are laid end to end."""
+def _segments_of_shards(engine: Any, names: dict[int, str]) -> list[Segment]:
+    """ZeRO 3: every parameter is cut into W equal shards, the last padded; a group's shards are laid end to end."""
     zero: Any = engine.optimizer
     found: list[Segment] = []
     for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
@@ -77,15 +76,14 @@ def _segments_of_shards(engine: DeepSpeedEngine, names: dict[int, str]) -> list[
             start = dist.rank() * shard_length
             length = min(shard_length, parameter.ds_numel - start)
             if length > 0:
-                found.append(
-                    Segment(names[id(parameter)], tuple(parameter.ds_shape), start, length, flat, flat_start)
-                )
+                found.append(Segment(names[id(parameter)], tuple(parameter.ds_shape), start, length, flat, flat_start))
     return found
 
 
-def frozen_segments(engine: DeepSpeedEngine) -> list[Segment]:
+def frozen_segments(engine: Any) -> list[Segment]:
     """The parameters that the optimizer does not hold: whole on every rank below stage 3, sharded at stage 3."""
     found = []
+    parameter: Any
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             continue
@@ -101,7 +99,7 @@ def frozen_segments(engine: DeepSpeedEngine) -> list[Segment]:
 
 
 @torch.no_grad()
-def refresh_parameters(engine: DeepSpeedEngine) -> None:
+def refresh_parameters(engine: Any) -> None:
     """Make the parameters that the model computes with agree with the fp32 masters, after those were written to."""
     zero: Any = engine.optimizer
     if engine.zero_optimization_stage() in (1, 2):
@@ -117,7 +115,7 @@ def refresh_parameters(engine: DeepSpeedEngine) -> None:
             persistent[0].all_gather(persistent)
 
 
-def clear_gradient_shards(engine: DeepSpeedEngine) -> None:
+def clear_gradient_shards(engine: Any) -> None:
     """Zero what ZeRO 3 accumulates gradients in; call after every step. Nothing to do at the other stages.
 
     DeepSpeed overwrites a parameter's buffer in a step's first backward and adds to it afterwards. A parameter that the

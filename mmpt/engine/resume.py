@@ -20,7 +20,9 @@ class Progress:
     applied_steps: int = 0
     """Optimizer updates applied: `step` without the skipped ones. The learning rate follows this."""
     data_state: int = 0
-    """The loader's integer."""
+    """The loader's integer: pairs delivered so far, over all ranks."""
+    data_fingerprint: str = ""
+    """The loader's word for which data, in which order, that integer speaks of."""
     consecutive_skips: int = 0
 
 

@@ -84,7 +84,9 @@ def check_stages(rank: int, world_size: int, wanted: dict, combinations: list) -
         found = whole_parameters(engine)
         assert found.keys() == {name for name in parameters if not name.startswith("frozen")}
         for key, value in found.items():
-            torch.testing.assert_close(value, parameters[key], rtol=2e-6, atol=2e-6, msg=lambda m: f"{where}, {key}: {m}")
+            torch.testing.assert_close(
+                value, parameters[key], rtol=2e-6, atol=2e-6, msg=lambda m: f"{where}, {key}: {m}"
+            )
 
 
 @pytest.mark.slow
@@ -120,7 +122,9 @@ class Broken(Toy):
     def objective(self, image, words, ids):
         terms = super().objective(image, words, ids)
         if self.broken:
-            terms["contrastive"] = terms["contrastive"]._replace(sum=terms["contrastive"].sum + (image * float("nan")).sum())
+            terms["contrastive"] = terms["contrastive"]._replace(
+                sum=terms["contrastive"].sum + (image * float("nan")).sum()
+            )
         return terms
 
 
