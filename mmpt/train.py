@@ -73,9 +73,9 @@ def train(recipe: Recipe) -> None:
     loader = build_loader(
         recipe.data, recipe.method.inputs(), run.seed, run.global_batch, dist.rank(), world_size, progress.data_state
     )
-    same_data(progress, loader.fingerprint, run_dir)
     writers = Writers(run_dir, progress.step, recipe.total_steps())
     with closing(loader), closing(writers):
+        same_data(progress, loader.fingerprint, run_dir)
         for note in notes:
             writers.say(note)
         writers.text("recipe", (run_dir / "recipe.yaml").read_text(), progress.step)

@@ -161,9 +161,10 @@ def newest_valid(folder: Path) -> tuple[Path, Manifest, list[str]] | None:
     for checkpoint in candidates(folder):
         try:
             manifest = read_manifest(checkpoint)
-            reason = damage(checkpoint, manifest)
         except ValueError as error:
-            reason = str(error)
+            passed_over.append(f"{checkpoint.name}: {error}")
+            continue
+        reason = damage(checkpoint, manifest)
         if not reason:
             return checkpoint, manifest, passed_over
         passed_over.append(f"{checkpoint.name}: {reason}")

@@ -12,6 +12,7 @@ entry per parameter, which is summed over ranks: one small all-reduce per group.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Lamb(torch.optim.Optimizer):
             self._segments.setdefault(id(segment.flat), []).append((index[segment.name], segment))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every group that `param_groups` holds at the moment (ZeRO steps them one by one)."""
         assert self._parameters, "Lamb.attach was not called"
         for group in self.param_groups:

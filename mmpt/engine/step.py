@@ -34,15 +34,15 @@ def total_counts(engine: Engine, micro_batches: list[Batch]) -> dict[str, Tensor
 
 def _plain_backward(engine: Engine, micro_batches: list[Batch], totals: dict[str, Tensor]) -> dict[str, Term]:
     """Terms that do not couple pairs add up over micro-batches, each divided by the same totals."""
-    parts = []
+    whole: dict[str, Term] = {}
     for i, batch in enumerate(micro_batches):
         terms = engine("terms", batch)
         engine.backward(loss_of(terms, totals, dist.world_size()), last=i + 1 == len(micro_batches))
-        parts.append({name: Term(t.sum.detach(), t.count, t.weight) for name, t in terms.items()})
-    return {
-        name: Term(sum(p[name].sum for p in parts), sum(p[name].count for p in parts), term.weight)
-        for name, term in parts[0].items()
-    }
+        for name, term in terms.items():
+            before = whole.get(name)
+            total = term.sum.detach() if before is None else before.sum + term.sum.detach()
+            whole[name] = Term(total, term.count if before is None else before.count + term.count, term.weight)
+    return whole
 
 
 def _cached_backward(engine: Engine, micro_batches: list[Batch], totals: dict[str, Tensor]) -> dict[str, Term]:

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ def test_warmup_reaches_the_peak_in_warmup_steps() -> None:
 def test_decay_falls_from_the_peak_to_the_final_fraction(decay) -> None:
     factors = [lr_factor(step, 10, 110, decay, 0.1) for step in range(10, 111)]
     assert factors[0] == 1.0 and math.isclose(factors[-1], 0.1)
-    assert all(a > b for a, b in zip(factors, factors[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors))
     assert math.isclose(factors[50], 0.55)  # both shapes pass through the middle
 
 
