@@ -85,10 +85,11 @@ def exhibition(rank: Rank, method: Any, folder: str, name: str) -> tuple[Album, 
     parts = [
         f"<h2>Retrievals on {escape(short_name(folder))}</h2>",
         f"<p>Queries spread evenly over the first {len(known)} images, chosen before their results were known. Right "
-        "answers are framed in green.</p><h3>Caption to image</h3>",
+        "answers are marked in green.</p><h3>Caption to image</h3><div class='gallery'>",
         *(text_query(album, found, captions[found.query]) for found in by_text),
-        "<h3>Image to caption</h3>",
+        "</div><h3>Image to caption</h3><div class='gallery'>",
         *(image_query(album, found, captions, truth) for found in by_image),
+        "</div>",
     ]
     if isinstance(features, Tokens) and isinstance(text, Tokens):
         parts.append(
