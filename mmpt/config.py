@@ -39,22 +39,25 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]
 def override(config: T, changes: dict[str, str]) -> T:
     """A copy with the leaves at the given dotted paths replaced by the parsed texts. ValueError for a bad one."""
     kinds = {path: kind for path, kind, _, _ in leaves(config)}
-    for path, text in changes.items():
+    for path in changes:
         if path not in kinds:
             raise ValueError(f"unknown field {path!r}{near_miss(path, list(kinds))}")
-        config = _replaced(config, path.split("."), parse(text, kinds[path], path))
-    return config
+    return _replaced(config, {path: parse(text, kinds[path], path) for path, text in changes.items()}, "")
 
 
-def _replaced(config: Any, path: list[str], value: Any) -> Any:
-    if not path:
-        return value
-    head, rest = path[0], path[1:]
+def _replaced(config: Any, values: dict[str, Any], prefix: str) -> Any:
+    """All changes at once, so that a check sees only the whole that was asked for."""
     if isinstance(config, tuple):
-        items = list(config)
-        items[int(head)] = _replaced(items[int(head)], rest, value)
-        return tuple(items)
-    return replace(config, **{head: _replaced(getattr(config, head), rest, value)})
+        return tuple(_replaced(item, values, f"{prefix}{i}.") for i, item in enumerate(config))
+    changed = {}
+    for field in fields(config):
+        path, value = f"{prefix}{field.name}", getattr(config, field.name)
+        nested = is_dataclass(value) or (isinstance(value, tuple) and value and is_dataclass(value[0]))
+        if path in values:
+            changed[field.name] = values[path]
+        elif nested and any(name.startswith(path + ".") for name in values):
+            changed[field.name] = _replaced(value, values, path + ".")
+    return replace(config, **changed)
 
 
 def parse(text: str, kind: Any, path: str) -> Any:

@@ -27,6 +27,8 @@ from mmpt.engine.writers import Writers
 from mmpt.evals.suite import evaluate
 from mmpt.recipe import Recipe, check_same_run, parse_arguments
 
+# All ranks meet an error of the command line; the launcher ends them all when one ends, and rank 0 should have spoken.
+WAIT_FOR_RANK_0_SECONDS = 60.0
 SHOWN = ("loss", "logit_scale", "grad_norm", "learning_rate", "samples_per_second", "data_wait_share")
 
 
@@ -35,8 +37,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         recipe = parse_arguments(arguments)
     except ValueError as error:
-        if dist.launched_rank() == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
+        if dist.launched_rank() > 0:
+            time.sleep(WAIT_FOR_RANK_0_SECONDS)
+        else:
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         return 2
     try:
         train(recipe)
@@ -55,6 +59,8 @@ def report(error: Exception, run_dir: Path) -> None:
         trace.write_text("".join(traceback.format_exception(error)))
     if dist.first_to_say(str(error)):
         print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2.0)  # the launcher ends all ranks when one ends: let the other finish its line
 
 
 def train(recipe: Recipe) -> None:

@@ -152,6 +152,17 @@ def candidates(folder: Path) -> list[Path]:
     return dist.broadcast_object(found)
 
 
+def _read_together(checkpoint: Path) -> Manifest | str:
+    """The manifest as rank 0 reads it, or why it cannot be read: the same on all ranks."""
+    found: Manifest | str = ""
+    if dist.rank() == 0:
+        try:
+            found = read_manifest(checkpoint)
+        except ValueError as error:
+            found = str(error)
+    return dist.broadcast_object(found)
+
+
 def newest_valid(folder: Path) -> tuple[Path, Manifest, list[str]] | None:
     """The newest checkpoint that is whole, with the reasons why newer ones were passed over. Collective.
 
@@ -159,13 +170,9 @@ def newest_valid(folder: Path) -> tuple[Path, Manifest, list[str]] | None:
     """
     passed_over: list[str] = []
     for checkpoint in candidates(folder):
-        try:
-            manifest = read_manifest(checkpoint)
-        except ValueError as error:
-            passed_over.append(f"{checkpoint.name}: {error}")
-            continue
-        reason = damage(checkpoint, manifest)
-        if not reason:
+        manifest = _read_together(checkpoint)
+        reason = manifest if isinstance(manifest, str) else damage(checkpoint, manifest)
+        if isinstance(manifest, Manifest) and not reason:
             return checkpoint, manifest, passed_over
         passed_over.append(f"{checkpoint.name}: {reason}")
     if passed_over:

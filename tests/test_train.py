@@ -1,0 +1,236 @@
+"""The command line as a user meets it: training, continuing after any kind of end, and errors in one line.
+
+`deepspeed mmpt/train.py` runs as a real subprocess with two gloo ranks.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "method.towers.image.trunk.width": 32, "method.towers.image.trunk.depth": 2, "method.towers.image.trunk.heads": 2,
+    "method.towers.image.trunk.drop_path": 0.2, "method.towers.image.patch_size": 16,
+    "method.towers.text.trunk.width": 32, "method.towers.text.trunk.depth": 1, "method.towers.text.trunk.heads": 2,
+    "method.towers.text.trunk.dropout": 0.1, "method.towers.embed_dim": 16,
+    "run.global_batch": 16, "run.samples": 16 * 12, "run.log_every_steps": 1, "run.checkpoint_every_steps": 2,
+    "optim.warmup_steps": 3, "evals.retrieval": "", "evals.scenes": "", "engine.max_micro_batch": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """A data set of 96 scenes with its tokenizer, made by the commands of the README."""
+    folder = tmp_path_factory.mktemp("scenes")
+    run_command([sys.executable, "-m", "data_tools", "scenes", folder / "data", "--train", 96, "--held-out", 16])
+    run_command([sys.executable, "-m", "data_tools", "tokenizer", folder / "data/train", folder / "tokenizer",
+                 "--kind", "wordpiece", "--vocab-size", 256])  # fmt: skip
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run_command(command: list, timeout_seconds: float = 240) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=timeout_seconds, env=environment(), cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def command(scenes: Path, run_dir: Path, ranks: int = 1, recipe: str = "filip.demo", **changes) -> list[str]:
+    flags = {"data.shards": scenes / "data/train", "data.tokenizer": scenes / "tokenizer", "run.dir": run_dir}
+    flags |= SMALL | {name.replace("__", "."): value for name, value in changes.items()}
+    launch = [sys.executable, "mmpt/train.py"]
+    if ranks > 1:
+        launch = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks),
+                  "--master_port", str(free_port()), "mmpt/train.py"]  # fmt: skip
+    return [*launch, "--recipe", recipe, *(text for name, value in flags.items() for text in (f"--{name}", str(value)))]
+
+
+def free_port() -> int:
+    from mmpt import dist
+
+    return dist.free_port()
+
+
+def train(*arguments, **changes) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments, **changes), capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT
+    )
+
+
+def losses(run_dir: Path) -> list[tuple]:
+    """What must not depend on interruptions: everything in the records but times and memory."""
+    timing = re.compile("seconds|samples_per_second|data_wait|memory")
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [tuple((k, v) for k, v in record.items() if not timing.search(k)) for record in records]
+
+
+def weights(run_dir: Path) -> dict[str, bytes]:
+    newest = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_two_ranks_train_stop_and_continue_to_the_bit(scenes: Path, tmp_path: Path) -> None:
+    """k + (n - k) steps equal n: records and every byte of weights, moments and random state (with dropout)."""
+    whole = train(scenes, tmp_path / "whole", ranks=2)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert "finished at step 12" in whole.stdout
+    for stop in (3, 7, "none"):
+        part = train(scenes, tmp_path / "parts", ranks=2, run__stop_at_step=stop, data__workers=0)
+        assert part.returncode == 0, part.stdout + part.stderr
+    assert "continuing from" in part.stdout
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    first, last = (dict(losses(tmp_path / "whole")[i]) for i in (0, -1))
+    assert last["loss"] < first["loss"]
+
+
+@pytest.mark.slow
+def test_kill_dash_nine_at_any_moment_changes_nothing(scenes: Path, tmp_path: Path) -> None:
+    """Killed at five moments, from start-up to the middle of a save, then continued: the run that was not killed."""
+    whole = train(scenes, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    started, kills = time.monotonic(), 0
+    for after_records in (0, 1, 4, 5, 9):
+        process = subprocess.Popen(
+            command(scenes, tmp_path / "killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment(), cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
+        metrics = tmp_path / "killed/metrics.jsonl"
+        while process.poll() is None and time.monotonic() < started + 240:
+            lines = metrics.read_text().count("\n") if metrics.exists() else 0
+            if lines > after_records or (after_records == 0 and (tmp_path / "killed/recipe.yaml").exists()):
+                break
+            time.sleep(0.001)
+        kills += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)  # workers too, as the kernel does when it runs out of memory
+        process.wait()
+    assert kills >= 4
+    last = train(scenes, tmp_path / "killed")
+    assert last.returncode == 0, last.stdout + last.stderr
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_another_world_size_and_stage_continue_to_rounding(scenes: Path, tmp_path: Path) -> None:
+    no_dropout = {"method__towers__image__trunk__drop_path": 0, "method__towers__text__trunk__dropout": 0}
+    whole = train(scenes, tmp_path / "whole", **no_dropout)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    for stop, ranks, stage in ((4, 2, 1), (8, 1, 3), ("none", 2, 2)):
+        part = train(scenes, tmp_path / "parts", ranks=ranks, run__stop_at_step=stop, engine__zero_stage=stage,
+                     engine__max_micro_batch=16, **no_dropout)  # fmt: skip
+        assert part.returncode == 0, part.stdout + part.stderr
+    for a, b in zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True):
+        assert dict(b) == pytest.approx(dict(a), rel=2e-4), "the same samples, in the same steps"
+
+
+def one_line(done: subprocess.CompletedProcess, status: int) -> str:
+    """The one line of error; no traceback; the status of a failed run."""
+    assert done.returncode == status, done.stdout + done.stderr
+    lines = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith("train.py: error:")]
+    assert len(lines) == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_command_line_errors_are_one_line_and_status_2(scenes: Path, tmp_path: Path, ranks: int) -> None:
+    for changes, said in (
+        ({"optim__lrr": 1}, "unknown flag '--optim.lrr'; did you mean 'optim.lr'?"),
+        ({"recipe": "filip.vit_b23"}, "unknown recipe 'filip.vit_b23'; did you mean 'filip.vit_b32'?"),
+        ({"optim__lr": "fast"}, "--optim.lr wants float, got 'fast'"),
+    ):
+        assert said in one_line(train(scenes, tmp_path, ranks=ranks, **changes), 2)
+
+
+@pytest.mark.slow
+def test_help_lists_every_field_once_on_two_ranks(scenes: Path, tmp_path: Path) -> None:
+    from mmpt import config
+    from mmpt.recipe import load
+
+    deepspeed = command(scenes, tmp_path, ranks=2)[:6]
+    done = run_command([*deepspeed, "--recipe", "clip.vit_b32", "--help"])
+    for path, _, _, documentation in config.leaves(load("clip.vit_b32")):
+        assert len(re.findall(rf"^  --{re.escape(path)} ", done.stdout, re.MULTILINE)) == 1, path
+        assert documentation, f"{path} is not documented"
+
+
+@pytest.mark.slow
+def test_bad_data_is_one_line_and_status_1_on_two_ranks(scenes: Path, tmp_path: Path) -> None:
+    done = train(scenes, tmp_path / "a", ranks=2, data__shards=tmp_path / "nowhere")
+    assert "nowhere" in one_line(done, 1)
+
+    missing = tmp_path / "missing"
+    shutil.copytree(scenes / "data/train", missing)
+    (missing / "00000.tar").unlink()
+    assert "00000.tar" in one_line(train(scenes, tmp_path / "b", ranks=2, data__shards=missing), 1)
+
+    truncated = tmp_path / "truncated"
+    shutil.copytree(scenes / "data/train", truncated)
+    os.truncate(truncated / "00000.tar", 50_000)
+    assert "00000.tar" in one_line(train(scenes, tmp_path / "c", ranks=2, data__shards=truncated), 1)
+
+    flipped = tmp_path / "flipped"
+    shutil.copytree(scenes / "data/train", flipped)
+    data = bytearray((flipped / "00000.tar").read_bytes())
+    data[0] ^= 255  # the first member's header
+    (flipped / "00000.tar").write_bytes(data)
+    assert "00000.tar" in one_line(train(scenes, tmp_path / "d", ranks=2, data__shards=flipped), 1)
+
+
+@pytest.mark.slow
+def test_checkpoints_are_never_silently_ignored(scenes: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(scenes, run_dir, run__stop_at_step=4).returncode == 0
+    newest = run_dir / "checkpoints/step-00000004"
+    os.truncate(newest / "rank-00000.safetensors", 1000)
+    done = train(scenes, run_dir, run__stop_at_step=4)
+    assert done.returncode == 0 and "passed over step-00000004" in done.stdout and "step-00000002" in done.stdout
+
+    for checkpoint in (run_dir / "checkpoints").glob("step-*"):
+        os.truncate(checkpoint / "rank-00000.safetensors", 1000)
+    assert "no checkpoint in" in one_line(train(scenes, run_dir), 1)
+    shutil.rmtree(run_dir / "checkpoints")
+    assert "records of training but no checkpoint" in one_line(train(scenes, run_dir), 1)
+
+
+@pytest.mark.slow
+def test_a_run_directory_refuses_another_run(scenes: Path, tmp_path: Path) -> None:
+    assert train(scenes, tmp_path, run__stop_at_step=2).returncode == 0
+    assert "optim.lr=0.001, and this one has 0.5" in one_line(train(scenes, tmp_path, optim__lr=0.5), 1)
+    other = tmp_path / "other"
+    shutil.copytree(scenes / "data/held_out", other)
+    assert "data.shards" in one_line(train(scenes, tmp_path, data__shards=other), 1)
+
+
+@pytest.mark.slow
+def test_fine_tuning_starts_from_weights_with_a_locked_tower(scenes: Path, tmp_path: Path) -> None:
+    assert train(scenes, tmp_path / "first", run__stop_at_step=4).returncode == 0
+    done = train(scenes, tmp_path / "second", run__init=tmp_path / "first", optim__lock="image",
+                 optim__layer_decay=0.7, run__samples=16 * 4)  # fmt: skip
+    assert done.returncode == 0 and "weights from" in done.stdout, done.stdout + done.stderr
+    from mmpt.engine.checkpoint import weights as whole
+    from mmpt.engine.resume import find_checkpoint
+
+    before = whole(*find_checkpoint(tmp_path / "first")[:2])
+    after = whole(*find_checkpoint(tmp_path / "second")[:2])
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved and not any(".image." in name for name in moved)
+    assert any(".text." in name for name in moved) and any("image_projection" in name for name in moved)
+    done = train(scenes, tmp_path / "third", run__init=tmp_path / "nothing")
+    assert "neither a checkpoint nor a run directory" in one_line(done, 1)
