@@ -3,6 +3,7 @@
 import io
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,13 +89,18 @@ def _rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -> I
     return image.convert("RGB")
 
 
-def training_image(image: Image.Image, size: int, config: ImageConfig, random: "ImageRandomness") -> np.ndarray:
-    """A random resized crop, perhaps mirrored and jittered: uint8 [3, size, size]."""
-    box = random_crop_box(image.width, image.height, config.crop_scale, config.crop_ratio, random.crop)
+def training_image(
+    image: Image.Image, size: int, config: ImageConfig, random: Callable[[str], np.random.Generator]
+) -> np.ndarray:
+    """A random resized crop, perhaps mirrored and jittered: uint8 [3, size, size].
+
+    random: gives the stream for a purpose; each choice has its own, so that switching one on leaves the others alone.
+    """
+    box = random_crop_box(image.width, image.height, config.crop_scale, config.crop_ratio, random("crop"))
     resized = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if config.colour_jitter:
-        resized = jitter(resized, config.colour_jitter, random.jitter)
-    if config.flip_probability and random.flip.random() < config.flip_probability:
+        resized = jitter(resized, config.colour_jitter, random("jitter"))
+    if config.flip_probability and random("flip").random() < config.flip_probability:
         resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return _channels_first(resized)
 
@@ -140,15 +146,6 @@ def jitter(image: Image.Image, strength: float, random: np.random.Generator) -> 
     ):
         image = enhance(image).enhance(factor)
     return image
-
-
-@dataclass(frozen=True)
-class ImageRandomness:
-    """One stream for each random choice about an image, so that switching one on leaves the others as they were."""
-
-    crop: np.random.Generator
-    flip: np.random.Generator
-    jitter: np.random.Generator
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:

@@ -3,6 +3,9 @@
 import hashlib
 import math
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -157,9 +160,27 @@ def _start(pipeline: Pipeline, work: Iterable[Work], workers: int, evaluation: b
         num_workers=workers,
         multiprocessing_context=context,
         prefetch_factor=BATCHES_AHEAD_PER_WORKER if workers else None,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # or it would draw its own seed from the global generator
     )
     return iter(loader)
+
+
+def _begin_worker(worker: int) -> None:
+    """Keep to one thread, as torch does by itself, and die with the training process.
+
+    torch watches a worker's parent, which here is the fork server; and that lives as long as any worker. So when the
+    training process is killed, both would live for ever and hold its pipes open.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    training = multiprocessing.parent_process()
+    assert training is not None
+
+    def follow() -> None:
+        multiprocessing.connection.wait([training.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _next(batches: Iterator[Any]) -> Any:

@@ -6,13 +6,14 @@ function of (pipeline, work): no matter which worker makes it, on which rank, or
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from mmpt.batch import Batch, InputSpec, Sample
-from mmpt.data.image import ImageConfig, ImageError, ImageRandomness, decode, evaluation_image, training_image
+from mmpt.data.image import ImageConfig, ImageError, decode, evaluation_image, training_image
 from mmpt.data.manifest import IMAGE_EXTENSIONS, Manifest
 from mmpt.data.randomness import generator
 from mmpt.data.reader import RawSample, Reader
@@ -51,7 +52,7 @@ def training_batch(pipeline: Pipeline, reader: Reader, work: Work) -> Batch:
     samples = [choose_caption(sample, pipeline, *key) for sample, key in zip(raw, keyed, strict=True)]
     images = []
     for sample, source, (epoch, position) in zip(samples, raw, keyed, strict=True):
-        random = ImageRandomness(*(generator(pipeline.seed, p, epoch, position) for p in ("crop", "flip", "jitter")))
+        random = partial(generator, pipeline.seed, epoch=epoch, position=position)
         image = _decode(sample.image, source, pipeline.image)
         images.append(training_image(image, pipeline.inputs.image_size, pipeline.image, random))
     return Batch(

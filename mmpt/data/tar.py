@@ -13,6 +13,7 @@ from typing import NamedTuple
 from mmpt.data.storage import ByteFile
 
 BLOCK = 512
+TAIL_BYTES = 1 << 16
 LARGEST_EXTENDED_HEADER_BYTES = 1 << 20
 REPACK = "restore the shard from its source, or write it again with `mmpt-data pack`"
 REINDEX = "restore the shard, or run `mmpt-data index` again if the change was meant"
@@ -109,12 +110,14 @@ def read_members(file: ByteFile, shard: str, start: int, stop: int, to_end: bool
 def _check_end(file: ByteFile, shard: str, at: int, stop: int, to_end: bool) -> None:
     if not to_end:
         raise ShardError(shard, at, f"zeros where a header should be: the index has samples up to {stop}", REINDEX)
-    file.seek(at)
-    tail = file.read(stop - at)
-    if len(tail) < 2 * BLOCK:
+    if stop - at < 2 * BLOCK:
         raise ShardError(shard, at, "one zero block at the end instead of two: the shard is cut short")
-    if tail.count(0) != len(tail):
-        raise ShardError(shard, at, "zeros in the middle: data follow what looks like the end of the archive")
+    while at < stop:  # the filling is short, but what follows a hole in a damaged shard need not be
+        file.seek(at)
+        tail = file.read(min(stop - at, TAIL_BYTES))
+        if not tail or tail.count(0) != len(tail):
+            raise ShardError(shard, at, "zeros in the middle: data follow what looks like the end of the archive")
+        at += len(tail)
 
 
 def _read(file: ByteFile, shard: str, at: int, size: int, stop: int) -> bytes:

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -226,6 +229,43 @@ def test_a_killed_worker_is_an_error_not_a_hang(config: DataConfig, inputs: Inpu
             next(loader)
     assert "\n" not in str(caught.value)
     loader.close()
+
+
+PROGRAM = """
+import os, signal, sys
+from mmpt.batch import InputSpec
+from mmpt.data.loader import DataConfig, build_loader
+if __name__ == "__main__":
+    config = DataConfig(sys.argv[1], sys.argv[2], workers=2)
+    loader = build_loader(config, InputSpec(16, 12, 300), seed=0, global_batch=8, rank=0, world_size=1)
+    next(loader)
+    print(*loader.worker_pids(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def alive(pid: int) -> bool:
+    """Running, not merely waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_workers_die_with_a_killed_training_process(config: DataConfig, tmp_path: Path):
+    """Or they would hold the launcher's pipes open for ever."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py"), config.shards, config.tokenizer]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        output, _ = process.communicate(timeout=60)  # returns when nobody holds the other end any more
+    assert process.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in output.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker outlived its training process"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
