@@ -16,7 +16,7 @@ SCENE_ROWS = (
     ("word_patch_ratio_size", "&nbsp;&nbsp;ratio, size words", "", "1.00"),
     ("word_patch_landed", "Matches that land on some object", "%", None),
     ("colour_swap_moved", "Swapped colour word: match moves to the other object", "%", None),
-    ("colour_swap_anchored", "&nbsp;&nbsp;of the words that matched their own object before", "%", None),
+    ("colour_swap_anchored", "&nbsp;&nbsp;words that matched their own object before the swap", "%", None),
     ("twin_i2t", "Caption beats its twin, by s_i2t", "%", "50.0"),
     ("twin_t2i", "Caption beats its twin, by s_t2i", "%", "50.0"),
 )
