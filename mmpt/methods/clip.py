@@ -1,5 +1,6 @@
 """Learning Transferable Visual Models From Natural Language Supervision.
-Radford, Kim, Hallacy, Ramesh, Goh, Agarwal, Sastry, Askell, Mishkin, Clark, Krueger, Sutskever. ICML 2021, arXiv 2103.00020.
+Radford, Kim, Hallacy, Ramesh, Goh, Agarwal, Sastry, Askell, Mishkin, Clark, Krueger, Sutskever.
+ICML 2021, arXiv 2103.00020.
 
 New: an image and its caption are told from all others in a large batch by the cosine of one vector each.
 """
@@ -11,9 +12,11 @@ from torch import Tensor
 from mmpt import dist
 from mmpt.batch import Batch, InputSpec, Tokens
 from mmpt.methods.method import Method, Term, contrastive_terms
-from mmpt.models.dual_tower import DualTower, DualTowerConfig, first_token, last_token
+from mmpt.models.dual_tower import DualTower, DualTowerConfig
 from mmpt.models.logit_scale import LogitScale
+from mmpt.models.pooling import first_token, last_token
 from mmpt.ops.capped_exp import capped_exp
+from mmpt.ops.similarity import similarity
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class CLIPConfig:
     """Logits start divided by this."""
     max_logit_scale: float = 100.0
     """Logits are never multiplied by more."""
+
+    def __post_init__(self) -> None:
+        if not self.towers.image.class_token:
+            raise ValueError("CLIP reads an image from its class token; towers.image.class_token is false")
 
     def inputs(self) -> InputSpec:
         return self.towers.inputs()
@@ -52,7 +59,7 @@ class CLIP(Method):
 
     def objective(self, image: Tensor, text: Tensor) -> dict[str, Term]:
         scale = self.logit_scale()
-        logits = scale * (image @ dist.gather(text).T).float()  # [B, N]
+        logits = scale * similarity(image, dist.gather(text))  # [B, N]
         return contrastive_terms(logits, logits, scale)
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -60,5 +67,5 @@ class CLIP(Method):
 
     def score(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines of every image with every text, [A, C], the same in both directions."""
-        cosines = (image @ text.T).float()
+        cosines = similarity(image, text)
         return cosines, cosines

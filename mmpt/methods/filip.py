@@ -17,6 +17,7 @@ from mmpt.batch import Batch, InputSpec, Tokens
 from mmpt.methods.method import Method, Term, contrastive_terms
 from mmpt.models.dual_tower import DualTower, DualTowerConfig
 from mmpt.models.logit_scale import LogitScale
+from mmpt.models.pooling import without_first_token
 from mmpt.ops.capped_exp import capped_exp
 from mmpt.ops.late_interaction import late_interaction
 from mmpt.ops.token_selection import drop_ends, keep_top_tokens
@@ -32,9 +33,13 @@ class FILIPConfig:
     text_special_tokens: bool = True
     """Whether [SOT] and [EOT] take part in the late interaction."""
     token_keep_ratio: float = 1.0
-    """Share of each sample's tokens that take part in training: those with the highest similarity to any other token."""
+    """Share of each sample's tokens that train: those with the highest similarity to any token of the other side."""
     scope: Literal["local", "global"] = "local"
     """Where a token's highest similarity is looked for: in this worker's batch, as published, or in all workers'."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.token_keep_ratio <= 1:
+            raise ValueError(f"token_keep_ratio is a share in (0, 1], got {self.token_keep_ratio}")
 
     def inputs(self) -> InputSpec:
         return self.towers.inputs()
@@ -55,7 +60,8 @@ class FILIP(Method):
 
     def encode_image(self, images: Tensor, kept_patches: Tensor | None = None) -> Tokens:
         """A vector of length 1 per patch."""
-        patches = self.towers.image(images, kept_patches)
+        tokens = self.towers.image(images, kept_patches)
+        patches = without_first_token(tokens) if self.config.towers.image.class_token else tokens
         return patches.with_x(self.towers.project_image(patches.x))
 
     def encode_text(self, ids: Tokens) -> Tokens:

@@ -60,21 +60,44 @@ class Method(nn.Module):
 
 def contrastive_terms(logits_i2t: Tensor, logits_t2i: Tensor, scale: Tensor) -> dict[str, Term]:
     """The symmetric contrastive loss of this rank's images against all texts ([B, N] logits), with what is reported."""
-    first, count = dist.rank() * len(logits_i2t), torch.tensor(float(len(logits_i2t)), device=logits_i2t.device)
-    loss = one_sided_info_nce(logits_i2t, logits_t2i, first, dist.logsumexp_over_ranks)
-    i2t, t2i = correct_matches(logits_i2t, logits_t2i, first, dist.max_over_ranks)
+    loss = one_sided_info_nce(logits_i2t, logits_t2i, first_pair(logits_i2t), dist.logsumexp_over_ranks)
+    return {"contrastive": Term(loss, pairs_of(logits_i2t)), **reported_terms(logits_i2t, logits_t2i, scale)}
+
+
+def reported_terms(logits_i2t: Tensor, logits_t2i: Tensor, scale: Tensor) -> dict[str, Term]:
+    """Share of pairs that score highest in the global batch, both ways, and the logit scale; weight 0."""
+    count = pairs_of(logits_i2t)
+    first = first_pair(logits_i2t)
+    i2t, t2i = correct_matches(logits_i2t, logits_t2i, first, dist.max_over_ranks, dist.sum_over_ranks)
     return {
-        "contrastive": Term(loss, count),
         "accuracy_i2t": Term(i2t, count, 0.0),
         "accuracy_t2i": Term(t2i, count, 0.0),
         "logit_scale": Term(scale.detach().sum(), torch.ones_like(count), 0.0),
     }
 
 
-def loss_of(terms: dict[str, Term], total_counts: dict[str, Any], world_size: int) -> Tensor:
-    """W * sum_k weight_k * sum_k / total_count_k: what a rank runs backward from.
+def first_pair(logits: Tensor) -> int:
+    """The column of this rank's first image's own text in [B, N] logits: texts are gathered rank by rank."""
+    return dist.rank() * len(logits)
 
-    The engine averages gradients over ranks, hence W; then all ranks together follow sum_k weight_k * mean_k.
+
+def pairs_of(logits: Tensor) -> Tensor:
+    """B as a scalar in fp32, on the logits' device."""
+    return torch.full((), float(len(logits)), device=logits.device)
+
+
+def loss_of(terms: dict[str, Term], total_counts: dict[str, Any], world_size: int) -> Tensor:
+    """W * sum_k weight_k * sum_k / total_count_k, a scalar: what a rank runs backward from.
+
+    total_counts: each weighted term's count over all ranks and micro-batches, as numbers or scalar tensors. The engine
+    averages gradients over ranks, hence W; then all ranks together follow sum_k weight_k * mean_k. A term that nothing
+    in the global batch counts towards adds 0. Raises ValueError where no term has a weight.
     """
-    parts = [t.weight * t.sum / max(total_counts[name], 1) for name, t in terms.items() if t.weight]  # type: ignore[type-var]
-    return world_size * sum(parts[1:], parts[0])
+    parts = [
+        term.weight * term.sum / torch.as_tensor(total_counts[name], dtype=torch.float32).clamp(min=1)
+        for name, term in terms.items()
+        if term.weight
+    ]
+    if not parts:
+        raise ValueError(f"none of the terms {sorted(terms)} has a weight: there is nothing to train on")
+    return world_size * torch.stack(parts).sum()

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mmpt.batch import InputSpec, Tokens
+from mmpt.batch import InputSpec
 from mmpt.models.image import ViT, ViTConfig
 from mmpt.models.text import TextTransformer, TextTransformerConfig
 
@@ -15,7 +16,7 @@ class DualTowerConfig:
     image: ViTConfig
     text: TextTransformerConfig
     embed_dim: int
-    """Width of the shared space."""
+    """Width of the shared space: of CLIP's one vector, of each of FILIP's token vectors."""
 
     def inputs(self) -> InputSpec:
         return InputSpec(
@@ -40,18 +41,13 @@ class DualTower(nn.Module):
 
     def project_image(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., embed_dim], each row of length 1."""
-        return normalize(self.image_projection(x), dim=-1)
+        return unit(self.image_projection(x))
 
     def project_text(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., embed_dim], each row of length 1."""
-        return normalize(self.text_projection(x), dim=-1)
+        return unit(self.text_projection(x))
 
 
-def first_token(tokens: Tokens) -> Tensor:
-    """[B, D], each sequence's first token: [CLS]."""
-    return tokens.x[tokens.offsets[:-1].long()]
-
-
-def last_token(tokens: Tokens) -> Tensor:
-    """[B, D], each sequence's last token: [EOT], which truncation keeps."""
-    return tokens.x[tokens.offsets[1:].long() - 1]
+def unit(x: Tensor) -> Tensor:
+    """Each row scaled to length 1: the length is taken in at least fp32, the type stays."""
+    return normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)

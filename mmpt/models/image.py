@@ -27,7 +27,7 @@ class ViTConfig:
     patch_size: int = 16
     """Height and width of a patch, in pixels."""
     class_token: bool = True
-    """Put a learned [CLS] token first."""
+    """Put a learned [CLS] token first (CLIP: yes; SigLIP: no)."""
     patch_bias: bool = False
     """Whether the patch projection has a bias (SigLIP: yes; CLIP: no)."""
     norm_before: bool = True
@@ -56,10 +56,21 @@ class ViTConfig:
         return max(1, round(self.patches * self.patch_keep))
 
 
-def vit(size: Literal["Ti", "S", "B", "L", "H"], patch_size: int, activation: Literal["gelu", "quick_gelu"]) -> ViTConfig:
+def vit(
+    size: Literal["Ti", "S", "B", "L", "H"], patch_size: int, activation: Literal["gelu", "quick_gelu"]
+) -> ViTConfig:
     """A published size at 224 pixels, as CLIP builds it."""
     width, depth, heads = SIZES[size]
     return ViTConfig(TransformerConfig(width, depth, heads, activation=activation), patch_size=patch_size)
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(x / 255 - mean) / std for each channel: [B, 3, H, W] uint8 -> the same in fp32.
+
+    The constants are numbers and not buffers, which an engine would round to its own precision.
+    """
+    channels = [(images[:, c].float() - 255 * mean[c]) / (255 * std[c]) for c in range(3)]
+    return torch.stack(channels, dim=1)
 
 
 class PatchEmbedding(nn.Module):
@@ -72,8 +83,6 @@ class PatchEmbedding(nn.Module):
         self.patch = nn.Linear(3 * config.patch_size**2, width, bias=config.patch_bias)
         self.class_embedding = nn.Parameter(torch.empty(width)) if config.class_token else None
         self.position_embedding = nn.Parameter(torch.empty(first + config.patches, width))
-        for name, values in (("mean", config.mean), ("std", config.std)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None] * 255, persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -102,19 +111,20 @@ class PatchEmbedding(nn.Module):
         size, grid = self.config.patch_size, self.config.image_size // self.config.patch_size
         if images.shape[2:] != (self.config.image_size, self.config.image_size):
             raise ValueError(f"the model wants {self.config.image_size}-pixel images, got {tuple(images.shape[2:])}")
-        pixels = ((images - self.mean) / self.std).to(self.patch.weight.dtype)
+        pixels = normalise(images, self.config.mean, self.config.std).to(self.position_embedding.dtype)
         cut = pixels.view(-1, 3, grid, size, grid, size).permute(0, 2, 4, 1, 3, 5)  # [B, gy, gx, 3, S, S]
         return cut.reshape(len(images), grid * grid, -1)
 
 
 class ViT(nn.Module):
-    """images [B, 3, H, W] uint8, kept_patches [B, K] or None -> Tokens [B * ((1 +) P), D], [CLS] first where there is one.
+    """images [B, 3, H, W] uint8, kept_patches [B, K] or None -> Tokens [B * ((1 +) P), D], [CLS] first if there is one.
 
     Every token has passed the final layer norm.
     """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
+        self.config = config
         self.embedding = PatchEmbedding(config)
         width, eps = config.trunk.width, config.trunk.norm_eps
         self.ln_pre = nn.LayerNorm(width, eps) if config.norm_before else nn.Identity()

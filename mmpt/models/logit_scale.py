@@ -1,4 +1,8 @@
-"""The learned temperature of a contrastive loss, as the field keeps it: log of its inverse."""
+"""The learned temperature and bias of a contrastive loss, as the field keeps them.
+
+Each is a module of its own with a parameter of shape [1]: ZeRO 3 gathers a parameter only around the forward of the
+module that owns it, and DeepSpeed cannot shard a parameter without a dimension.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,18 +12,31 @@ from torch import Tensor, nn
 
 
 class LogitScale(nn.Module):
-    """exp(log_scale), at most `cap`: [1]. Radford et al. 2021, section 2.5: starts at 1/0.07, clipped at 100.
+    """exp(log_scale), at most `cap`: [1], fp32. Radford et al. 2021, section 2.5: starts at 1/0.07, clipped at 100.
 
-    capped_exp is given by the method, because its backward averages over ranks and models hold no collectives. A module
-    of its own with shape [1]: ZeRO 3 gathers a parameter only around the forward of the module that owns it, and
-    DeepSpeed cannot shard a parameter without a dimension.
+    capped_exp is given by the method, because its backward averages over ranks and models hold no collectives.
+    Raises ValueError unless 0 < initial <= cap.
     """
 
     def __init__(self, initial: float, cap: float, capped_exp: Callable[[Tensor, float], Tensor]):
         super().__init__()
-        self.initial, self.cap, self.capped_exp = initial, cap, capped_exp
+        if not 0 < initial <= cap:
+            raise ValueError(f"a logit scale starts above 0 and at most at its cap: starts at {initial}, cap {cap}")
+        self.cap, self.capped_exp = cap, capped_exp
         self.log_scale = nn.Parameter(torch.empty(1))
         nn.init.constant_(self.log_scale, math.log(initial))
 
     def forward(self) -> Tensor:
         return self.capped_exp(self.log_scale, self.cap)
+
+
+class LogitBias(nn.Module):
+    """A learned number, [1], fp32. SigLIP (Zhai et al. 2023, section 3.2) starts it at -10."""
+
+    def __init__(self, initial: float):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(1))
+        nn.init.constant_(self.bias, initial)
+
+    def forward(self) -> Tensor:
+        return self.bias.to(torch.float32, copy=True)

@@ -1,4 +1,4 @@
-"""Text transformer: packed token ids to tokens. CLIP's (Radford et al. 2021, section 2.4) is causal; SigLIP's is not."""
+"""Packed token ids to tokens: CLIP's text transformer (Radford et al. 2021, section 2.4), causal, and SigLIP's, not."""
 
 from dataclasses import dataclass
 
@@ -25,14 +25,15 @@ class TextEmbedding(nn.Module):
 
     def __init__(self, config: TextTransformerConfig):
         super().__init__()
+        self.config = config
         self.token_embedding = nn.Parameter(torch.empty(config.vocab_size, config.trunk.width))
         self.position_embedding = nn.Parameter(torch.empty(config.max_tokens, config.trunk.width))
         nn.init.normal_(self.token_embedding, std=0.02)  # CLIP's released code
         nn.init.normal_(self.position_embedding, std=0.01)
 
     def forward(self, ids: Tokens) -> Tensor:
-        if ids.longest > len(self.position_embedding):
-            raise ValueError(f"a caption has {ids.longest} tokens, the model takes {len(self.position_embedding)}")
+        if ids.longest > self.config.max_tokens:
+            raise ValueError(f"a caption has {ids.longest} tokens, the model takes {self.config.max_tokens}")
         return nn.functional.embedding(ids.x, self.token_embedding) + self.position_embedding[ids.position()]
 
 

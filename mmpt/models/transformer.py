@@ -37,7 +37,9 @@ class TransformerConfig:
     attention_dropout: float = 0.0
     """Dropout on attention weights."""
     drop_path: float = 0.0
-    """Stochastic depth: probability that the last block's sub-layers are skipped; it grows linearly from 0 with depth."""
+    """Stochastic depth: how likely the last block's sub-layers are skipped; it grows linearly from 0 at the first."""
+    init: Literal["clip", "xavier"] = "clip"
+    """Initial weights: normal, residual projections shrinking with depth (CLIP), or Xavier's uniform (SigLIP)."""
     checkpoint_activations: bool = False
     """Keep only each block's input and compute the rest again in the backward."""
 
@@ -70,7 +72,7 @@ class Block(nn.Module):
         return self.norm_2(x + self._drop(self._mlp(x), sequences))
 
     def _attend(self, x: Tensor, sequences: Tokens) -> Tensor:
-        query, key, value = self.qkv(x).view(len(x), 3, self.config.heads, -1).unbind(1)  # [T, H, Dh] each
+        query, key, value = self.qkv(x).unflatten(1, (3, self.config.heads, -1)).unbind(1)  # [T, H, Dh] each
         dropout = self.config.attention_dropout if self.training else 0.0
         return self.out(attention(query, key, value, sequences, self.causal, dropout).flatten(1))
 
@@ -78,7 +80,7 @@ class Block(nn.Module):
         return self.mlp_out(activate(self.mlp_in(x), self.config.activation))
 
     def _drop(self, update: Tensor, sequences: Tokens) -> Tensor:
-        """Dropout, then stochastic depth: a sequence's whole update is zeroed, and the others scaled to keep the mean."""
+        """Dropout, then stochastic depth: a sequence's whole update is zeroed, the others scaled to keep the mean."""
         update = self.dropout(update)
         if not self.training or self.drop_path == 0.0:
             return update
@@ -98,24 +100,33 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """CLIP's initialisation (Radford et al. 2021, released code): residual projections shrink with depth."""
+        """CLIP's (Radford et al. 2021, released code), whose residual projections shrink with depth, or Xavier's."""
         width, depth = self.config.width, self.config.depth
+        residual = width**-0.5 * (2 * depth) ** -0.5
         for block in self.blocks:
-            nn.init.normal_(block.qkv.weight, std=width**-0.5)
-            nn.init.normal_(block.out.weight, std=width**-0.5 * (2 * depth) ** -0.5)
-            nn.init.normal_(block.mlp_in.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp_out.weight, std=width**-0.5 * (2 * depth) ** -0.5)
-            for linear in (block.qkv, block.out, block.mlp_in, block.mlp_out):
-                nn.init.zeros_(linear.bias)
+            assert isinstance(block, Block)
+            deviations = {"qkv": width**-0.5, "out": residual, "mlp_in": (2 * width) ** -0.5, "mlp_out": residual}
+            for name, deviation in deviations.items():
+                parts = 3 if name == "qkv" else 1
+                initialise_linear(getattr(block, name), deviation if self.config.init == "clip" else None, parts)
 
     def forward(self, tokens: Tokens) -> Tokens:
-        x = tokens.x
+        x, saving = tokens.x, self.config.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            if self.config.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens, use_reentrant=False)
-            else:
-                x = block(x, tokens)
+            x = checkpoint(block, x, tokens, use_reentrant=False) if saving else block(x, tokens)
         return tokens.with_x(x)
+
+
+def initialise_linear(linear: nn.Linear, deviation: float | None, parts: int = 1) -> None:
+    """A normal with this standard deviation, or for None Xavier's uniform, for each of the matrices stacked in one; no
+    bias."""
+    for matrix in linear.weight.chunk(parts):
+        if deviation is None:
+            nn.init.xavier_uniform_(matrix)
+        else:
+            nn.init.normal_(matrix, std=deviation)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
 
 
 def activate(x: Tensor, name: str) -> Tensor:

@@ -19,7 +19,8 @@ from mmpt import dist
 class _CappedExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_scale: Tensor, log_cap: float) -> Tensor:
-        value = log_scale.float().clamp(max=log_cap).exp()
+        exact = torch.promote_types(log_scale.dtype, torch.float32)
+        value = log_scale.to(exact).clamp(max=log_cap).exp()
         ctx.save_for_backward(log_scale, value)
         ctx.log_cap = log_cap
         return value
@@ -34,8 +35,9 @@ class _CappedExp(torch.autograd.Function):
 
 
 def capped_exp(log_scale: Tensor, cap: float) -> Tensor:
-    """min(exp(log_scale), cap) in fp32, [1] -> [1], with the gradient of a projection onto the ceiling.
+    """min(exp(log_scale), cap), [1] -> [1] in at least fp32, with the gradient of a projection onto the ceiling.
 
-    The gradient is averaged over ranks here, so that all of them block or pass it together. Collective in its backward.
+    The gradient is averaged over ranks here, so that all of them block or pass it together: what an engine that
+    averages gradients would have made of it anyway. A collective runs in the backward; cap = inf is a plain exp.
     """
     return _CappedExp.apply(log_scale, math.log(cap))

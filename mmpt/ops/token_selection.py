@@ -1,6 +1,7 @@
 """Which tokens take part in FILIP's late interaction."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from mmpt import dist
 from mmpt.batch import Tokens
 
-TILE_ROWS = 2048
+TILE_BYTES = 16 << 20
 
 
 def drop_ends(tokens: Tokens) -> Tokens:
@@ -22,21 +23,27 @@ def drop_ends(tokens: Tokens) -> Tokens:
 
 @torch.no_grad()
 def token_maxima(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's highest product with any token of the other side: [T_i, D], [T_t, D] -> [T_i], [T_t]."""
-    of_image, of_text = [], torch.full((len(text),), -math.inf, device=text.device)
-    for rows in image.split(TILE_ROWS):
-        products = (rows @ text.T).float()
-        of_image.append(products.amax(dim=1))
-        of_text = torch.maximum(of_text, products.amax(dim=0))
+    """Each token's highest product with any token of the other side: [T_i, D], [T_t, D] -> [T_i], [T_t] in fp32."""
+    exact = torch.promote_types(image.dtype, torch.float32)
+    of_image, of_text = [], torch.full((len(text),), -math.inf, dtype=exact, device=text.device)
+    with torch.autocast(image.device.type, enabled=False):
+        words = text.to(exact).T
+        for rows in image.split(max(1, TILE_BYTES // 4 // max(1, len(text)))):
+            products = rows.to(exact) @ words
+            of_image.append(products.amax(dim=1))
+            of_text = torch.maximum(of_text, products.amax(dim=0))
     return torch.cat(of_image), of_text
 
 
-def keep_top_tokens(image: Tokens, text: Tokens, ratio: float, scope: str) -> tuple[Tokens, Tokens]:
+def keep_top_tokens(
+    image: Tokens, text: Tokens, ratio: float, scope: Literal["local", "global"]
+) -> tuple[Tokens, Tokens]:
     """The ceil(ratio * length) tokens of each sequence with the highest product with any token of the other side.
 
-    scope `local`: the other side is this rank's batch, as published (Yao et al. 2022, section 3.1, "efficient
-    implementation": 25 %, chosen within the local worker); `global`: that of all ranks. The choice has no gradient;
-    the kept tokens do, and stay in order.
+    scope `local`: the other side is this rank's batch, as published (Yao et al. 2022, section 3.1: 25 %, chosen within
+    the local worker, before tokens are exchanged); `global`: that of all ranks, so that the result does not depend on
+    how many there are, for which every token travels once more. The choice has no gradient; the kept tokens do, and
+    stay in order. Of equal tokens the first are kept.
     """
     if scope == "local":
         of_image, of_text = token_maxima(image.x, text.x)
@@ -44,8 +51,8 @@ def keep_top_tokens(image: Tokens, text: Tokens, ratio: float, scope: str) -> tu
         with torch.no_grad():
             everything = dist.gather_tokens(text)
         of_image, of_all = token_maxima(image.x, everything.x)
-        own = int(everything.offsets[dist.rank() * (len(text.offsets) - 1)])
-        of_text = dist.max_over_ranks(of_all)[own : own + len(text.x)]
+        first = everything.offsets[dist.rank() * (len(text.offsets) - 1)]
+        of_text = dist.max_over_ranks(of_all)[first + torch.arange(len(text.x), device=text.x.device)]
     return _keep_highest(image, of_image, ratio), _keep_highest(text, of_text, ratio)
 
 
@@ -53,7 +60,7 @@ def _keep_highest(tokens: Tokens, value: Tensor, ratio: float) -> Tokens:
     index = tokens.sequence_index()
     by_value = torch.argsort(value, descending=True, stable=True)
     order = by_value[torch.argsort(index[by_value], stable=True)]  # sequence by sequence, highest first
-    keep = torch.ceil(tokens.lengths() * ratio).int()  # [B]
+    keep = (tokens.lengths().double() * ratio).ceil().int()  # [B]; double, to round as the host does below
     chosen = order[tokens.position() < keep[index]].sort().values
     return Tokens(tokens.x[chosen], _offsets(keep), math.ceil(tokens.longest * ratio))
 
