@@ -187,10 +187,11 @@ def _next(batches: Iterator[Any]) -> Any:
     """The next thing made. Raises the error that it met, and RuntimeError when its worker is gone."""
     try:
         made = next(batches)
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            raise RuntimeError(f"a data worker died ({str(error).splitlines()[0]}): out of memory?") from error
-        raise
+    except (RuntimeError, OSError, EOFError) as error:  # the latter two when it dies while handing over a batch
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise RuntimeError(f"a data worker died ({reason[0]}): out of memory?") from error
     if isinstance(made, Exception):
         raise made
     return made

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from mmpt.batch import Batch, InputSpec, concatenate, unpack
 from mmpt.data.image import ImageConfig, decode, evaluation_image
-from mmpt.data.loader import DataConfig, Loader, build_loader, eval_batches
+from mmpt.data.loader import DataConfig, Loader, _next, build_loader, eval_batches
 from mmpt.data.manifest import FILE_NAME
 from mmpt.data.tar import ShardError
 from mmpt.data.text import load_tokenizer
@@ -340,3 +341,15 @@ def test_evaluation_in_workers_is_the_same(config: DataConfig, inputs: InputSpec
 def test_the_manifest_file_may_be_named_instead_of_its_folder(config: DataConfig, inputs: InputSpec):
     named = replace(config, shards=str(Path(config.shards) / FILE_NAME))
     assert_same(global_batches(config, inputs, 1)[0], global_batches(named, inputs, 1)[0])
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError("reset"), EOFError(), RuntimeError("DataLoader worker (pid 1) exited")]
+)
+def test_a_worker_that_dies_while_handing_over_is_the_same_error(error: Exception):
+    def batches() -> Iterator[Batch]:
+        raise error
+        yield
+
+    with pytest.raises(RuntimeError, match="a data worker died"):
+        _next(batches())
