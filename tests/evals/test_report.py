@@ -14,7 +14,7 @@ from mmpt.evals.report import write_report
 from mmpt.evals.report_curves import Curve, draw, read_curves, round_ticks, short
 from mmpt.methods.clip import CLIPConfig
 from mmpt.methods.filip import FILIPConfig
-from tests.evals.test_suite import TOWERS, configured
+from tests.evals.test_suite import TOWERS, WITH_CLS, configured
 
 
 class Page(HTMLParser):
@@ -103,7 +103,7 @@ def test_the_console_table_has_every_number(made: tuple[Findings, str], folder: 
 
 def test_a_method_of_one_vector_has_a_report_without_word_maps(folder: Path, tmp_path: Path):
     evals, data = configured(folder)
-    method = CLIPConfig(TOWERS).build().eval()
+    method = CLIPConfig(WITH_CLS).build().eval()
     findings = find(evals, data, TOWERS.inputs(), method, method, "cpu")
     html = write_report(tmp_path, "t", "a", findings, evals, data, TOWERS.inputs(), method, "cpu").read_text()
     assert 'class="match"' not in html and "Caption beats its twin" in html and "<polyline" not in html

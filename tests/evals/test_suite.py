@@ -1,5 +1,6 @@
 """The suite on real shards with a real FILIP and CLIP: what is asked for is measured, on one rank as on two."""
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -23,6 +24,7 @@ TOWERS = DualTowerConfig(
     TextTransformerConfig(TransformerConfig(32, 1, 2), vocab_size=400, max_tokens=24),
     16,
 )
+WITH_CLS = replace(TOWERS, image=replace(TOWERS.image, class_token=True))
 
 
 def configured(folder: Path) -> tuple[EvalConfig, DataConfig]:
@@ -60,7 +62,7 @@ def test_nothing_configured_needs_no_data():
 
 def test_a_method_of_one_vector_has_no_word_patches(folder: Path):
     evals, data = configured(folder)
-    method = CLIPConfig(TOWERS).build().eval()
+    method = CLIPConfig(WITH_CLS).build().eval()
     found = evaluate(evals, data, TOWERS.inputs(), method, method, "cpu")
     assert "eval/scenes/held_out/twin_i2t" in found and not any("word_patch" in name for name in found)
 
