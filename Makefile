@@ -16,8 +16,12 @@ install: .venv/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
+# Scenes of coloured shapes, a tokenizer for their captions, FILIP on two ranks, and a page to look at.
 demo: install
-	$(BIN)/python -m mmpt.cli demo
+	test -d runs/demo/data || $(BIN)/mmpt-data scenes runs/demo/data --train 8192 --held-out 512
+	test -d runs/demo/tokenizer || $(BIN)/mmpt-data tokenizer runs/demo/data/train runs/demo/tokenizer --kind wordpiece --vocab-size 256
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators 2 mmpt/train.py --recipe filip.demo
+	$(BIN)/mmpt report runs/demo --title "FILIP on drawn scenes"
 
 test: install
 	$(BIN)/python -m pytest

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -185,8 +186,9 @@ def check_precision(config: EngineConfig, device: torch.device) -> None:
 
 
 def quiet_deepspeed() -> None:
-    """DeepSpeed logs a page of INFO lines per rank at start-up; keep warnings."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    """DeepSpeed logs a page of INFO lines per rank at start-up, and calls collectives by names that torch renamed."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
 
 
 @contextlib.contextmanager

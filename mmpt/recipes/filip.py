@@ -15,7 +15,7 @@ from mmpt.engine.optim import OptimConfig
 from mmpt.evals.suite import EvalConfig
 from mmpt.methods.filip import FILIPConfig
 from mmpt.models.dual_tower import DualTowerConfig
-from mmpt.models.image import vit
+from mmpt.models.image import ViTConfig, vit
 from mmpt.models.text import TextTransformerConfig
 from mmpt.models.transformer import TransformerConfig
 from mmpt.recipe import Recipe, RunConfig
@@ -62,16 +62,17 @@ def tiny() -> Recipe:
 
 def demo() -> Recipe:
     """`make demo`: the built-in scenes on two CPU ranks with ZeRO-2."""
-    recipe = tiny()
-    towers = recipe.method.towers  # type: ignore[attr-defined]
-    towers = replace(towers, text=replace(towers.text, vocab_size=256, max_tokens=32))
-    return replace(
-        recipe,
-        method=replace(recipe.method, towers=towers),  # type: ignore[type-var]
-        data=replace(recipe.data, shards="runs/demo/data/train", tokenizer="runs/demo/tokenizer"),
-        engine=replace(recipe.engine, zero_stage=2),
+    image = ViTConfig(TransformerConfig(128, depth=4, heads=4), image_size=64, patch_size=8, class_token=False)
+    text = TextTransformerConfig(TransformerConfig(128, depth=2, heads=4), vocab_size=256, max_tokens=32)
+    return Recipe(
+        method=FILIPConfig(DualTowerConfig(image, text, embed_dim=64)),
+        data=DataConfig(
+            shards="runs/demo/data/train", tokenizer="runs/demo/tokenizer", image=ImageConfig(crop_scale=(0.9, 1.0))
+        ),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup_steps=30, clip_norm=1.0),
+        engine=EngineConfig(zero_stage=2, precision="fp32"),
         evals=EvalConfig(
             retrieval=("runs/demo/data/held_out",), scenes=("runs/demo/data/held_out",), equal_captions=True
         ),
-        run=RunConfig(dir="runs/demo", global_batch=128, samples=60_000, checkpoint_every_steps=100),
+        run=RunConfig(dir="runs/demo", global_batch=128, samples=45_000, checkpoint_every_steps=100),
     )
