@@ -123,7 +123,7 @@ def load_run(path: Path, device: torch.device) -> tuple[Recipe, Method, int]:
 
 def evaluation_of(recipe: Recipe, parsed: argparse.Namespace) -> EvalConfig:
     """The recipe's evaluation with the command line's tasks in place of its own."""
-    tasks: dict[str, tuple[str, ...]] = {kind: () for kind in TASKS}
+    tasks: dict[str, tuple[str, ...]] = dict.fromkeys(TASKS, ())
     for text in parsed.task:
         kind, _, folder = text.partition(":")
         if kind not in TASKS or not folder:

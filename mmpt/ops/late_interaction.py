@@ -131,8 +131,9 @@ class _LateInteraction(torch.autograd.Function):
                 best_patch, patch = _best(products, 3, keep)  # [c, L, g]
                 s_i2t[text.texts, image.images] = best_word.mean(dim=2)
                 s_t2i[text.texts, image.images] = (best_patch * text.real[..., None]).sum(1) / text.lengths[:, None]
-                if keep:
-                    winners.append((image, word, patch))
+                if keep:  # a repeat is its text's last token, and rounding may let it win over that
+                    last = (text.lengths - 1).to(word.dtype)[:, None, None]
+                    winners.append((image, torch.minimum(word, last), patch))
             ctx.winners.append((text, winners))
         return s_i2t.T, s_t2i.T
 
@@ -150,7 +151,7 @@ class _LateInteraction(torch.autograd.Function):
                     weights = _one_hot(text, image, word, patch, grad_i2t.T[block], grad_t2i.T[block])
                     grad_words.addmm_(weights, v[image.rows].to(exact))
                     grad_v[image.rows].addmm_(weights.T, words)
-                grad_t.index_add_(0, text.rows, grad_words)  # a repeat adds zeros to its token, in whatever order
+                grad_t.index_add_(0, text.rows, grad_words)  # repeats add zeros to their token, in whatever order
         return grad_v.to(v.dtype), grad_t.to(t.dtype), None, None, None
 
 

@@ -5,7 +5,6 @@ times sqrt(batch / 512): 2e-3 at 40,960 for base, 8e-4 at 30,720 for large, both
 """
 
 import math
-from dataclasses import replace
 from typing import Literal
 
 from mmpt.data.image import ImageConfig
