@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         train(recipe)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         report(error, Path(recipe.run.dir))
         return 1
     finally:
