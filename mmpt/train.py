@@ -112,7 +112,8 @@ def loop(recipe: Recipe, engine: Engine, loader: Loader, progress: Progress, wri
                 scores = evaluate(
                     recipe.evals, recipe.data, recipe.method.inputs(), engine, engine.method, engine.device
                 )
-            writers.record(progress.step, scores, tuple(scores))
+            if scores:
+                writers.record(progress.step, scores, tuple(scores))
         if last or progress.step % run.checkpoint_every_steps == 0:
             checkpoint_now(run_dir, engine, progress, run.keep_last, run.keep_every_steps)
     writers.say(f"{'finished' if progress.step == total_steps else 'stopped'} at step {progress.step} in {run_dir}")
