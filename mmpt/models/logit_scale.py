@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class LogitScale(nn.Module):
-    """exp(log_scale), at most `cap`: [1], fp32. Radford et al. 2021, section 2.5: starts at 1/0.07, clipped at 100.
+    """exp(log_scale), at most `cap`: [1], in at least fp32. Radford et al. 2021, section 2.5: starts at 1/0.07, clipped at 100.
 
     capped_exp is given by the method, because its backward averages over ranks and models hold no collectives.
     Raises ValueError unless 0 < initial <= cap.
@@ -31,7 +31,7 @@ class LogitScale(nn.Module):
 
 
 class LogitBias(nn.Module):
-    """A learned number, [1], fp32. SigLIP (Zhai et al. 2023, section 3.2) starts it at -10."""
+    """A learned number, [1], in at least fp32. SigLIP (Zhai et al. 2023, section 3.2) starts it at -10."""
 
     def __init__(self, initial: float):
         super().__init__()
@@ -39,4 +39,4 @@ class LogitBias(nn.Module):
         nn.init.constant_(self.bias, initial)
 
     def forward(self) -> Tensor:
-        return self.bias.to(torch.float32, copy=True)
+        return self.bias.to(torch.promote_types(self.bias.dtype, torch.float32), copy=True)

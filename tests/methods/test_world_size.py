@@ -1,0 +1,156 @@
+"""W ranks give the loss and gradients of one process holding the global batch; that one is checked against plain loops.
+
+The loops score every pair with Python loops over single images and texts, in fp64, and take torch's cross entropy.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from mmpt import dist
+from mmpt.batch import Tokens, unpack
+from mmpt.methods.clip import CLIP
+from mmpt.methods.filip import FILIP
+from mmpt.methods.method import Method, loss_of
+from mmpt.methods.siglip import SigLIP
+from tests.methods.tiny import CONFIGS, batch, build
+from tests.ranks import run
+
+PAIRS = 8
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-6}
+Result = tuple[float, dict[str, Tensor], dict[str, float]]
+
+
+def scale_of(method: Method) -> Tensor:
+    """exp of the parameter, clamped at the cap as after the last step."""
+    log_scale = method.logit_scale.log_scale  # type: ignore[union-attr]
+    assert isinstance(log_scale, Tensor)
+    with torch.no_grad():
+        log_scale.clamp_(max=math.log(100.0))
+    return log_scale.exp()[0]
+
+
+def best(rows: Tensor, others: Tensor) -> Tensor:
+    """Mean over rows of the highest product with any of the others."""
+    return torch.stack([torch.stack([row @ other for other in others]).max() for row in rows]).mean()
+
+
+def kept(sequences: list[Tensor], others: list[Tensor], ratio: float) -> list[Tensor]:
+    """The ceil(ratio * L) tokens of each sequence with the highest product with any token of the others."""
+    out, other = [], torch.cat(others).detach()
+    for rows in sequences:
+        value = (rows.detach() @ other.T).amax(1)
+        out.append(rows[value.argsort(descending=True, stable=True)[: math.ceil(ratio * len(rows))].sort().values])
+    return out
+
+
+def filip_logits(method: FILIP, image: Tokens, text: Tokens, workers: int) -> tuple[Tensor, Tensor]:
+    patches, words = unpack(image), unpack(text)
+    ratio, share = method.config.token_keep_ratio, PAIRS // workers
+    if ratio < 1:
+        groups = [slice(0, PAIRS)] if method.config.scope == "global" else [
+            slice(i, i + share) for i in range(0, PAIRS, share)
+        ]  # fmt: skip
+        chosen = [(kept(patches[g], words[g], ratio), kept(words[g], patches[g], ratio)) for g in groups]
+        patches, words = ([rows for part in parts for rows in part] for parts in zip(*chosen, strict=True))
+    i2t = torch.stack([torch.stack([best(p, w) for w in words]) for p in patches])
+    t2i = torch.stack([torch.stack([best(w, p) for w in words]) for p in patches])
+    return i2t, t2i
+
+
+def by_hand(name: str, workers: int) -> Result:
+    """Loss, gradients and reported terms of one process with the global batch, in fp64, by plain loops."""
+    method = build(name, torch.float64)
+    image, text = method.encode(batch(name, PAIRS, 0, PAIRS))
+    scale, own = scale_of(method), torch.arange(PAIRS)
+    if isinstance(method, FILIP):
+        i2t, t2i = (scale * s for s in filip_logits(method, image, text, workers))
+    else:
+        i2t = t2i = scale * torch.stack([torch.stack([v @ t for t in text]) for v in image])
+    if isinstance(method, SigLIP):
+        i2t = t2i = i2t + method.logit_bias.bias
+        loss = -sum(logsigmoid(i2t[i, j] * (1 if i == j else -1)) for i in range(PAIRS) for j in range(PAIRS)) / PAIRS
+    else:
+        loss = (cross_entropy(i2t, own) + cross_entropy(t2i.T, own)) / 2
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+    if isinstance(method, CLIP | FILIP) and scale >= 100 * (1 - 1e-12) and gradients["logit_scale.log_scale"] < 0:
+        gradients["logit_scale.log_scale"].zero_()
+    reported = {
+        "accuracy_i2t": float((i2t.argmax(1) == own).float().mean()),
+        "accuracy_t2i": float((t2i.argmax(0) == own).float().mean()),
+        "logit_scale": scale.item(),
+    }
+    return loss.item(), gradients, reported
+
+
+def ours(rank: int, world_size: int, name: str, dtype: torch.dtype) -> Result:
+    """What `world_size` ranks compute, with gradients averaged over ranks as the engine does."""
+    method, share = build(name, dtype), PAIRS // world_size
+    own = batch(name, PAIRS, rank * share, share)
+    terms = method("terms", own)
+    totals = {key: dist.sum_over_ranks(torch.tensor(float(n))) for key, n in method.counts(own).items()}
+    loss_of(terms, totals, world_size).backward()
+    assert all(terms[key].weight for key in totals) and all(key in totals for key in terms if terms[key].weight)
+    sums = {key: dist.sum_over_ranks(torch.stack([t.sum.double(), t.count.double()])) for key, t in terms.items()}
+    means = {key: float(total / count) for key, (total, count) in sums.items()}
+    gradients = {
+        name: dist.sum_over_ranks(p.grad) / world_size for name, p in method.named_parameters() if p.grad is not None
+    }
+    (loss,) = (means.pop(key) for key in totals)
+    return loss, gradients, means
+
+
+def everything(rank: int, world_size: int) -> dict[tuple[str, torch.dtype], Result]:
+    return {(name, dtype): ours(rank, world_size, name, dtype) for name in CONFIGS for dtype in TOLERANCE}
+
+
+def check(found: Result, expected: Result, dtype: torch.dtype, where: str) -> None:
+    """Loss and gradients agree, relative to the loss and to the largest gradient of each parameter.
+
+    In fp32 relative to the largest of all parameters, whose rounding passes through every one of them.
+    """
+    tolerance = TOLERANCE[dtype]
+    assert found[0] == pytest.approx(expected[0], rel=tolerance, abs=tolerance), where
+    assert found[1].keys() == expected[1].keys(), where
+    largest = max(float(g.abs().max()) for g in expected[1].values())
+    for key, gradient in found[1].items():
+        own = float(expected[1][key].abs().max())
+        scale = largest if dtype == torch.float32 else max(own, 1e-3 * largest)
+        error = float((gradient - expected[1][key]).abs().max())
+        assert error <= tolerance * scale, f"{where}, {key}: {error / scale:.1e}"
+    assert found[2] == pytest.approx(expected[2], rel=1e-5), where
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_process_equals_plain_loops(name: str) -> None:
+    check(ours(0, 1, name, torch.float64), by_hand(name, 1), torch.float64, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_equal_one_process_and_plain_loops(world_size: int) -> None:
+    results = run(everything, world_size)
+    for name in CONFIGS:
+        expected = {torch.float64: by_hand(name, world_size)}
+        if name != "filip local":  # which is not the same with one worker; its loop knows the workers
+            expected[torch.float32] = ours(0, 1, name, torch.float32)
+        for rank, result in enumerate(results):
+            for dtype, wanted in expected.items():
+                check(result[name, dtype], wanted, dtype, f"{name}, {dtype}, rank {rank} of {world_size}")
+
+
+def test_local_selection_depends_on_the_workers_and_global_does_not() -> None:
+    """Otherwise the two scopes could be mixed up without notice."""
+    local = [by_hand("filip local", workers)[0] for workers in (1, 2, 4)]
+    whole = [by_hand("filip global", workers)[0] for workers in (1, 2, 4)]
+    assert len(set(local)) == 3 and len(set(whole)) == 1 and local[0] == whole[0]
+
+
+@pytest.mark.parametrize("name", ["clip at the cap", "filip at the cap"])
+def test_the_cap_is_really_met(name: str) -> None:
+    assert by_hand(name, 1)[2]["logit_scale"] == pytest.approx(100.0)
