@@ -18,7 +18,7 @@ class Cluster:
 
 
 def load_cluster(name: str) -> Cluster:
-    """ValueError that names the near miss for an unknown cluster or key, or the key whose value is of the wrong kind."""
+    """ValueError that names an unknown cluster or key with its near miss, or the key whose value is wrong."""
     known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     if name not in known:
         raise ValueError(f"unknown cluster {name!r}{_near_miss(name, known)} (known: {', '.join(known)})")
