@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mmpt.batch import Tokens
 
-TILE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
-"""fp32 products of one tile: in reach of a core's second-level cache; on CUDA, enough to fill the device."""
+CPU_TILE_BYTES, DEVICE_TILE_BYTES = 2 << 20, 256 << 20
+"""fp32 products of one tile: in reach of a core's second-level cache; elsewhere enough to fill the device."""
 
 
 def late_interaction(image: Tokens, text: Tokens) -> tuple[Tensor, Tensor]:
@@ -53,13 +53,17 @@ class _ImageTile(NamedTuple):
     patches: int
 
 
+def _tile_products(device: torch.device) -> int:
+    return (CPU_TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES) // 4
+
+
 def _text_tiles(offsets: Tensor, longest_image: int) -> Iterator[_TextTile]:
     lengths = offsets[1:] - offsets[:-1]
     order = torch.argsort(lengths, stable=True)
     ordered = lengths[order].tolist()
     if ordered and ordered[0] < 1:
         raise ValueError(f"text {int(order[0])} has no tokens; late interaction takes a mean over at least one")
-    most = TILE_BYTES[offsets.device.type] // 4 // max(1, longest_image)  # tokens of a tile, repeats included
+    most = _tile_products(offsets.device) // max(1, longest_image)  # tokens of a tile, repeats included
     begin = 0
     while begin < len(ordered):
         end = begin + 1
@@ -76,7 +80,7 @@ def _image_tiles(offsets: Tensor, longest: int, total: int, text_tokens: int) ->
     """Images in tiles; those of one tile have equally many patches, so ragged ones come one by one."""
     count = len(offsets) - 1
     if count * longest == total:
-        most = max(1, TILE_BYTES[offsets.device.type] // 4 // max(1, longest * text_tokens))
+        most = max(1, _tile_products(offsets.device) // max(1, longest * text_tokens))
         blocks = [slice(i, min(i + most, count)) for i in range(0, count, most)]
         return [_ImageTile(b, slice(b.start * longest, b.stop * longest), longest) for b in blocks]
     ends = offsets.tolist()

@@ -52,12 +52,11 @@ def check(image: Tokens, text: Tokens, tolerance: float = 1e-12) -> None:
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, LENGTHS, st.integers(0, 99), st.sampled_from([32, 200, 1000, 1 << 20]))
 def test_ragged_on_both_sides_at_any_tile_size(images: list[int], texts: list[int], seed: int, tile: int) -> None:
-    before = dict(under_test.TILE_BYTES)
-    under_test.TILE_BYTES["cpu"] = tile
+    before, under_test.CPU_TILE_BYTES = under_test.CPU_TILE_BYTES, tile
     try:
         check(tokens(images, seed), tokens(texts, seed + 100))
     finally:
-        under_test.TILE_BYTES.update(before)
+        under_test.CPU_TILE_BYTES = before
 
 
 def test_images_of_equal_length() -> None:
@@ -175,8 +174,8 @@ def test_memory_is_a_tile_and_not_all_products() -> None:
     with _Largest() as largest:
         gradients(late_interaction, image, text)
     everything = len(image.x) * len(text.x)
-    assert everything > 4 * under_test.TILE_BYTES["cpu"] // 4
-    assert largest.elements <= under_test.TILE_BYTES["cpu"] // 4
+    assert everything > 4 * under_test.CPU_TILE_BYTES // 4
+    assert largest.elements <= under_test.CPU_TILE_BYTES // 4
 
 
 @pytest.mark.gpu

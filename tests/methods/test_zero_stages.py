@@ -1,0 +1,100 @@
+"""Three AdamW steps of every method at every ZeRO stage, undivided and accumulated, with activation checkpointing or
+without, follow one process that holds the global batch and a plain torch optimizer."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mmpt import dist
+from mmpt.engine.build import EngineConfig, build
+from mmpt.engine.optim import OptimConfig, parameter_groups
+from mmpt.engine.step import train_step
+from mmpt.methods.method import Method, loss_of
+from tests.methods.tiny import CONFIGS, batch
+from tests.ranks import run
+
+PAIRS, STEPS = 8, 3
+METHODS = ("clip", "filip", "filip global", "siglip")
+OPTIM = OptimConfig(lr=3e-3, warmup_steps=0)
+
+
+def fresh(name: str, checkpoint_activations: bool = False) -> Method:
+    config: Any = CONFIGS[name]
+    towers = config if name == "siglip" else config.towers
+    image, text = (
+        replace(tower, trunk=replace(tower.trunk, checkpoint_activations=checkpoint_activations))
+        for tower in (towers.image, towers.text)
+    )
+    towers = replace(towers, image=image, text=text)
+    torch.manual_seed(0)
+    return (towers if name == "siglip" else replace(config, towers=towers)).build()
+
+
+def reference(name: str) -> list[float]:
+    """The loss before each step and after the last."""
+    method = fresh(name)
+    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in parameter_groups(method, OPTIM)]
+    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
+    losses = []
+    for step in range(STEPS + 1):
+        pairs = batch(name, PAIRS, 0, PAIRS, seed=step)
+        loss = loss_of(method("terms", pairs), method.counts(pairs), 1)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+def losses_at(name: str, stage: int, parts: int, saving: bool) -> list[float]:
+    share = PAIRS // dist.world_size()
+    engine = build(
+        fresh(name, saving),
+        EngineConfig(zero_stage=stage, precision="fp32"),
+        OPTIM,
+        share,
+        torch.device("cpu"),  # type: ignore[arg-type]
+    )
+    losses = []
+    for step in range(STEPS + 1):
+        pairs = batch(name, PAIRS, dist.rank() * share, share, seed=step)
+        result, terms = train_step(engine, pairs.split(parts), OPTIM.lr)
+        assert result.applied
+        (term,) = (term for term in terms.values() if term.weight)
+        losses.append(float(dist.sum_over_ranks(term.sum)) / PAIRS)
+    return losses
+
+
+def check(rank: int, world_size: int, expected: dict[str, list[float]], parts: tuple[int, ...]) -> None:
+    for name, wanted in expected.items():
+        for stage in range(4):
+            for part in parts:
+                for saving in (False, True) if stage == 3 else (False,):
+                    where = f"{name}, ZeRO {stage}, {part} micro-batches, checkpointing {saving}"
+                    assert losses_at(name, stage, part, saving) == pytest.approx(wanted, rel=1e-5), where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "parts"), [(1, (1,)), (2, (1, 2)), (4, (1,))])
+def test_every_stage_follows_one_process(world_size: int, parts: tuple[int, ...]) -> None:
+    expected = {name: reference(name) for name in METHODS}
+    assert all(losses[-1] != losses[0] for losses in expected.values())
+    run(check, world_size, expected, parts, timeout_seconds=400)
+
+
+def test_the_reference_needs_every_pair() -> None:
+    """The steps are large enough to show a wrong gradient: half of the batch as negatives ends elsewhere."""
+    whole, losses = reference("clip"), []
+    method = fresh("clip")
+    optimizer = torch.optim.AdamW(method.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
+    for step in range(STEPS + 1):
+        halves = [batch("clip", PAIRS, first, PAIRS // 2, seed=step) for first in (0, PAIRS // 2)]
+        with torch.no_grad():
+            pairs = batch("clip", PAIRS, 0, PAIRS, seed=step)
+            losses.append(loss_of(method("terms", pairs), method.counts(pairs), 1).item())
+        optimizer.zero_grad()
+        sum(loss_of(method("terms", half), {"contrastive": PAIRS}, 1) for half in halves).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    assert abs(losses[-1] / whole[-1] - 1) > 1e-3
