@@ -32,6 +32,7 @@ TASKS = ("retrieval", "zero_shot", "scenes")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed (one line says why), 2 the command line is wrong."""
     parser = argparse.ArgumentParser("mmpt", description="Look at runs; training is `deepspeed mmpt/train.py`.")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # given by deepspeed
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verbs.add_parser("recipes", help="every recipe with its number of parameters")
     verb = verbs.add_parser("eval", help="evaluate the newest checkpoint of a run")
@@ -59,7 +60,6 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to evaluate on what, KIND one of {', '.join(TASKS)}; may be given again [those of the recipe]",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=0, metavar="N", help="images or texts per forward [the recipe's]")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # given by deepspeed
 
 
 def print_recipes(_: argparse.Namespace) -> None:

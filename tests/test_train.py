@@ -242,3 +242,41 @@ def test_fine_tuning_starts_from_weights_with_a_locked_tower(scenes: Path, tmp_p
     assert any(".text." in name for name in moved) and any("image_projection" in name for name in moved)
     done = train(scenes, tmp_path / "third", run__init=tmp_path / "nothing")
     assert "neither a checkpoint nor a run directory" in one_line(done, 1)
+
+
+def mmpt(*arguments, ranks: int = 1) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "mmpt.cli"]
+    if ranks > 1:
+        launch = [*command(Path(), Path(), ranks=ranks)[:5], "--module", "mmpt.cli"]
+    return subprocess.run(
+        list(map(str, [*launch, *arguments])), capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT
+    )
+
+
+@pytest.mark.slow
+def test_eval_and_report_of_a_run(scenes: Path, tmp_path: Path) -> None:
+    """Two ranks score what one does; the report is one file; wrong tasks and folders are one line."""
+    held_out = scenes / "data/held_out"
+    assert train(scenes, tmp_path, run__stop_at_step=4).returncode == 0
+    tasks = ["--task", f"retrieval:{held_out}", "--task", f"scenes:{held_out}", "--batch", 5]
+    for ranks in (1, 2):
+        done = mmpt("eval", tmp_path, *tasks, ranks=ranks)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (json.loads(line) for line in (tmp_path / "evals.jsonl").read_text().splitlines())
+    assert one["step"] == 4 and len(one) > 10 and any(name.endswith("image_to_text_R@5") for name in one)
+    del one["time"], two["time"]
+    assert two == pytest.approx(one, abs=1e-6)
+
+    done = mmpt("report", tmp_path, *tasks)
+    assert done.returncode == 0 and "bag of words" in done.stdout, done.stdout + done.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" in page and "data:image/" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+    for arguments, said in (
+        (["eval", tmp_path, "--task", "retrievall:x"], "got 'retrievall:x'"),
+        (["eval", tmp_path / "nothing"], "is not a run directory"),
+        (["eval", tmp_path], "nothing to evaluate"),
+    ):
+        done = mmpt(*arguments)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert said in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("mmpt: error:")
