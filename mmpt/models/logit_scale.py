@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 
 class LogitScale(nn.Module):
-    """exp(log_scale), at most `cap`: [1], in at least fp32. Radford et al. 2021, section 2.5: starts at 1/0.07, clipped at 100.
+    """exp(log_scale), at most `cap`: [1], in at least fp32.
 
+    Radford et al. 2021, section 2.5: starts at 1/0.07, clipped at 100.
     capped_exp is given by the method, because its backward averages over ranks and models hold no collectives.
     Raises ValueError unless 0 < initial <= cap.
     """

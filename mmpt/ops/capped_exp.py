@@ -21,17 +21,18 @@ class _CappedExp(torch.autograd.Function):
     def forward(ctx: Any, log_scale: Tensor, log_cap: float) -> Tensor:
         exact = torch.promote_types(log_scale.dtype, torch.float32)
         value = log_scale.to(exact).clamp(max=log_cap).exp()
-        ctx.save_for_backward(log_scale, value)
-        ctx.log_cap = log_cap
+        # Not the parameter itself: ZeRO 3 may have taken it apart again by the time of the backward.
+        ctx.save_for_backward(value, log_scale >= log_cap)
+        ctx.dtype = log_scale.dtype
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        log_scale, value = ctx.saved_tensors
+        value, capped = ctx.saved_tensors
         # The direction is that of the whole batch: each rank sees only its own share, and shares may disagree.
         gradient = dist.sum_over_ranks(grad * value) / dist.world_size()
-        outwards = (log_scale >= ctx.log_cap) & (gradient < 0)  # descent would raise the scale
-        return gradient.masked_fill(outwards, 0.0).to(log_scale.dtype), None
+        outwards = capped & (gradient < 0)  # descent would raise the scale
+        return gradient.masked_fill(outwards, 0.0).to(ctx.dtype), None
 
 
 def capped_exp(log_scale: Tensor, cap: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Three AdamW steps of every method at every ZeRO stage, undivided and accumulated, with activation checkpointing or
+"""Two AdamW steps of every method at every ZeRO stage, undivided and accumulated, with activation checkpointing or
 without, follow one process that holds the global batch and a plain torch optimizer."""
 
 from dataclasses import replace
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmpt import dist
+from mmpt.engine import build as engine_build
 from mmpt.engine.build import EngineConfig, build
 from mmpt.engine.optim import OptimConfig, parameter_groups
 from mmpt.engine.step import train_step
@@ -15,8 +16,8 @@ from mmpt.methods.method import Method, loss_of
 from tests.methods.tiny import CONFIGS, batch
 from tests.ranks import run
 
-PAIRS, STEPS = 8, 3
-METHODS = ("clip", "filip", "filip global", "siglip")
+PAIRS, STEPS = 8, 2
+METHODS = ("clip", "filip", "siglip")
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=0)
 
 
@@ -48,6 +49,19 @@ def reference(name: str) -> list[float]:
     return losses
 
 
+def shard_every_parameter() -> None:
+    """At ZeRO 3, parameters below a threshold stay whole; here all are below it, and nothing would be tested."""
+    original = engine_build.deepspeed_config
+
+    def config(*args: Any) -> dict:
+        out = original(*args)
+        if out["zero_optimization"]["stage"] == 3:
+            out["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return out
+
+    engine_build.deepspeed_config = config
+
+
 def losses_at(name: str, stage: int, parts: int, saving: bool) -> list[float]:
     share = PAIRS // dist.world_size()
     engine = build(
@@ -57,6 +71,7 @@ def losses_at(name: str, stage: int, parts: int, saving: bool) -> list[float]:
         share,
         torch.device("cpu"),  # type: ignore[arg-type]
     )
+    assert stage < 3 or not any(p.numel() for p in engine.method.parameters()), "a parameter stayed whole"
     losses = []
     for step in range(STEPS + 1):
         pairs = batch(name, PAIRS, dist.rank() * share, share, seed=step)
@@ -68,10 +83,11 @@ def losses_at(name: str, stage: int, parts: int, saving: bool) -> list[float]:
 
 
 def check(rank: int, world_size: int, expected: dict[str, list[float]], parts: tuple[int, ...]) -> None:
+    shard_every_parameter()
     for name, wanted in expected.items():
         for stage in range(4):
             for part in parts:
-                for saving in (False, True) if stage == 3 else (False,):
+                for saving in (False, True) if stage == 3 and world_size < 4 else (False,):
                     where = f"{name}, ZeRO {stage}, {part} micro-batches, checkpointing {saving}"
                     assert losses_at(name, stage, part, saving) == pytest.approx(wanted, rel=1e-5), where
 
