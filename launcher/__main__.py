@@ -1,4 +1,4 @@
-"""`python -m launcher CLUSTER [--accelerators N] [--dry-run] -- --recipe NAME ...`: start a run on this node."""
+"""Start a run on this node: `python -m launcher local -- --recipe filip.tiny`."""
 
 import argparse
 import os
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from launcher.cluster import load_cluster
 from launcher.command import node_command, shown
 
+USAGE = "python -m launcher CLUSTER [--accelerators N] [--dry-run] -- --recipe NAME [--field value ...]"
+
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status of the run; 2 for a wrong command line."""
@@ -16,7 +18,7 @@ def main(arguments: Sequence[str]) -> int:
     if "--" in own:
         cut = own.index("--")
         own, theirs = own[:cut], own[cut + 1 :]
-    parser = argparse.ArgumentParser("launcher", usage=__doc__.split("`")[1])
+    parser = argparse.ArgumentParser("launcher", usage=USAGE)
     parser.add_argument("cluster", help="a file of cluster_configs/, without .yaml")
     parser.add_argument("--accelerators", type=int, help="ranks to start [all of the node's]")
     parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
