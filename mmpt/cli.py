@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from mmpt import config, dist
+from mmpt import config, dist, failure
 from mmpt.engine.checkpoint import weights
 from mmpt.engine.resume import find_checkpoint
 from mmpt.evals.findings import find, text_table
@@ -45,11 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(parsed)
     except (ValueError, OSError, RuntimeError) as error:
-        if dist.first_to_say(str(error)):
-            print(f"mmpt: error: {error}", file=sys.stderr, flush=True)
+        failure.report("mmpt", error)
         return 1
-    finally:
-        dist.shutdown()
+    dist.shutdown()
     return 0
 
 

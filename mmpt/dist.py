@@ -63,18 +63,35 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def first_to_say(message: str) -> bool:
-    """Whether no other rank has said this before, so that an error that all ranks meet is printed once.
+def first_to_fail() -> bool:
+    """Whether no other rank has called this before: the rank whose error is the cause of the others'.
 
-    True too when the others cannot be asked any more.
+    When rank 0, which keeps the account, cannot be reached any more, rank 1 counts as the first.
     """
     if world_size() == 1:
         return launched_rank() == 0
     try:
-        store = torch_distributed.distributed_c10d._get_default_store()
-        return store.add(f"mmpt/said/{message}", 1) == 1
-    except RuntimeError:  # the rank that holds the store is gone
-        return True
+        return torch_distributed.distributed_c10d._get_default_store().add("mmpt/failed", 1) == 1
+    except RuntimeError:
+        return rank() == 1
+
+
+def lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(error, torch_distributed.DistError) or "gloo/transport" in str(error)
+
+
+def leave_failed() -> object:
+    """Break the connections, so that ranks that wait for us fail too. Hold what is returned until they have failed:
+    with it rank 0 still answers `first_to_fail`.
+
+    NCCL has no such way out: its ranks wait for the launcher to end them.
+    """
+    if not torch_distributed.is_initialized() or torch_distributed.get_backend() != "gloo":
+        return None
+    store = torch_distributed.distributed_c10d._get_default_store()
+    torch_distributed.destroy_process_group()
+    return store
 
 
 def rank() -> int:

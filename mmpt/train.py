@@ -9,14 +9,13 @@ anything is built. The same command continues a run that stopped, wherever it st
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from mmpt import config, dist
+from mmpt import config, dist, failure
 from mmpt.data.loader import Loader, build_loader
 from mmpt.engine.build import Engine, build, check_precision, evaluating
 from mmpt.engine.metrics import Metrics
@@ -45,22 +44,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         train(recipe)
     except (ValueError, OSError, RuntimeError) as error:
-        report(error, Path(recipe.run.dir))
+        failure.report("train.py", error, Path(recipe.run.dir))
         return 1
-    finally:
-        dist.shutdown()
+    dist.shutdown()
     return 0
-
-
-def report(error: Exception, run_dir: Path) -> None:
-    """The error in one line on the console; how it came about in the run directory."""
-    trace = run_dir / f"error-rank-{dist.rank()}.txt"
-    if run_dir.is_dir():
-        trace.write_text("".join(traceback.format_exception(error)))
-    if dist.first_to_say(str(error)):
-        print(f"train.py: error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2.0)  # the launcher ends all ranks when one ends: let the other finish its line
 
 
 def train(recipe: Recipe) -> None:

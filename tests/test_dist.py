@@ -51,7 +51,7 @@ def check_small_things(rank: int, world_size: int) -> None:
     assert not dist.all_true(rank != world_size - 1) and dist.all_true(True)
     x = torch.tensor([float(rank)])
     assert dist.max_over_ranks(x).item() == world_size - 1 and x.item() == rank
-    said = dist.gather_objects(dist.first_to_say("the same"))
+    said = dist.gather_objects(dist.first_to_fail())
     assert sum(said) == 1
 
 

@@ -106,7 +106,7 @@ def test_kill_dash_nine_at_any_moment_changes_nothing(scenes: Path, tmp_path: Pa
     started, kills = time.monotonic(), 0
     for after_records in (0, 1, 4, 5, 9):
         process = subprocess.Popen(
-            command(scenes, tmp_path / "killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command(scenes, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env=environment(), cwd=ROOT, start_new_session=True,
         )  # fmt: skip
         metrics = tmp_path / "killed/metrics.jsonl"

@@ -28,6 +28,8 @@ class EngineConfig:
     """Most pairs per device in one forward; a larger share of the batch is accumulated, keeping all its negatives."""
     bucket_elements: int = 50_000_000
     """Elements per communication bucket of gradients and parameters."""
+    keep_whole_elements: int = 100_000
+    """At ZeRO 3, parameters with fewer elements than this stay whole on every rank, which saves small gathers."""
     overlap_communication: bool = True
     """Reduce gradients while the backward is still running (CUDA only)."""
     timeout_seconds: float = 600.0
@@ -74,7 +76,7 @@ def deepspeed_config(config: EngineConfig, clip_norm: float, micro_batch: int, w
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_prefetch_bucket_size": config.bucket_elements,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_param_persistence_threshold": config.keep_whole_elements,
             "sub_group_size": 1_000_000_000,
         }
     return out

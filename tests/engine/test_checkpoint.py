@@ -23,7 +23,7 @@ LAMB = dataclasses.replace(ADAMW, name="lamb")
 
 
 def engine_at(stage: int, optim: OptimConfig, seed: int, precision: str = "fp32", dropout: float = 0.0) -> Engine:
-    config = EngineConfig(zero_stage=stage, precision=precision)
+    config = EngineConfig(zero_stage=stage, precision=precision, keep_whole_elements=40)
     return build(toy(seed, dropout), config, optim, PAIRS // dist.world_size(), torch.device("cpu"))
 
 
