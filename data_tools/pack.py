@@ -1,4 +1,7 @@
-"""`mmpt-data pack IMAGES CAPTIONS OUT`: images and a table of captions as tar shards with a manifest.
+"""`mmpt-data pack IMAGES CAPTIONS OUT`: images and their captions as tar shards with a manifest.
+
+CAPTIONS is a table or, with --layout, the annotation files of a published data set as they are distributed
+(docs/datasets.md).
 
 With --validation-fraction, OUT/train and OUT/validation are disjoint by group: --split-group is a regular expression
 whose first group, found in the image's name, says what the image is a variant of, and a hash of that decides the side.
@@ -6,28 +9,28 @@ whose first group, found in the image's name, says what the image is a variant o
 
 import argparse
 import hashlib
-import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from PIL import Image
-
 from data_tools.index import index
-from data_tools.pack_shards import MISSING, NO_CAPTION, SUCCESS, UNDECODABLE, Packed, ShardWriter
+from data_tools.layouts import LAYOUTS, read_layout
+from data_tools.pack_pair import pack_pair
+from data_tools.pack_shards import SUCCESS, ShardWriter
 from data_tools.pack_sources import ImageSource, Pair, open_images, read_pairs
-from mmpt.data.image import ImageConfig, ImageError, decode
 
-JPEG_QUALITY = 95
-EXTENSION_OF_MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
 SHOWN_FAILURES = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("images", type=Path, help="folder or .tar of JPEG, PNG and WebP images")
-    add("captions", type=Path, help="table of captions: .tsv, .csv, .jsonl or .parquet")
+    add("captions", type=Path, nargs="+", help="table of captions (.tsv, .csv, .jsonl or .parquet); annotation files")
     add("out", type=Path, help="folder to write; must not hold shards yet")
+    add("--layout", choices=LAYOUTS, metavar="NAME", help=f"annotations of a published set: {', '.join(LAYOUTS)}")
+    add("--split", action="append", metavar="NAME", help="with --layout: keep this split; may be repeated [all]")
+    add("--missing-at-most", type=float, metavar="SHARE",
+        help="an error when more than this share of the samples is left out [0 with --layout, else 1]")  # fmt: skip
     add("--image-column", default="image", metavar="NAME", help="column with the image's path in IMAGES [image]")
     add("--caption-column", action="append", metavar="NAME", help="column with captions; may be repeated [caption]")
     add("--caption-separator", metavar="TEXT", help="splits a cell into several captions")
@@ -40,27 +43,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.samples_per_shard < 1 or not 0 <= args.validation_fraction < 1 or (args.resize or 1) < 1:
         raise ValueError("--samples-per-shard and --resize must be at least 1, --validation-fraction in [0, 1)")
+    allowed = (0.0 if args.layout else 1.0) if args.missing_at_most is None else args.missing_at_most
+    if not 0 <= allowed <= 1:
+        raise ValueError(f"--missing-at-most must be in [0, 1], got {allowed}")
     if args.out.exists() and any(args.out.rglob("*.tar")):
         raise ValueError(f"{args.out} already holds shards: remove it or name another folder")
     images = open_images(args.images)
-    pairs = read_pairs(args.captions, args.image_column, args.caption_column or ["caption"], args.caption_separator)
-    side_of = _splitter(args.validation_fraction, args.split_group)
-    sides = {
-        side: ShardWriter(args.out / side, args.samples_per_shard) for side in sorted({side_of(p.image) for p in pairs})
-    }
-    failures = []
-    for pair in pairs:
-        packed = pack_pair(pair, images, args.resize)
-        sides[side_of(pair.image)].add(packed)
-        if packed.status != SUCCESS:
-            failures.append(f"{pair.image}: {packed.facts['error_message']}")
-    for writer in sides.values():
-        writer.close()
-    print(f"{len(pairs) - len(failures):,} pairs packed, {len(failures):,} left out")
-    print("".join(f"  {line}\n" for line in failures[:SHOWN_FAILURES]), end="")
+    sides = _write(_pairs(args, images), images, args, allowed)
     for side in sides:
         manifest = index(str(args.out / side))
-        print(f"{args.out / side}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
+        print(f"{args.out / side}: {manifest.samples:,} samples in {len(manifest.shard_bytes):,} shards")
+
+
+def _pairs(args: argparse.Namespace, images: ImageSource) -> Iterable[Pair]:
+    if args.layout:
+        return read_layout(args.layout, images, args.captions, tuple(args.split or ()))
+    if len(args.captions) > 1:
+        raise ValueError(f"one table of captions is wanted, got {len(args.captions)}: {args.captions[1]}")
+    if args.split:
+        raise ValueError("--split goes with --layout: a table names no splits")
+    return read_pairs(args.captions[0], args.image_column, args.caption_column or ["caption"], args.caption_separator)
+
+
+def _write(pairs: Iterable[Pair], images: ImageSource, args: argparse.Namespace, allowed: float) -> list[str]:
+    """Pack each pair into the shards of its side. Returns the sides, sorted.
+
+    Raises ValueError when a larger share than `allowed` was left out; the parquet files then say which and why.
+    """
+    side_of = _splitter(args.validation_fraction, args.split_group)
+    writers: dict[str, ShardWriter] = {}
+    total, left_out, shown = 0, 0, []
+    try:
+        for pair in pairs:
+            side = side_of(pair.image)
+            if side not in writers:
+                writers[side] = ShardWriter(args.out / side, args.samples_per_shard)
+            packed = pack_pair(pair, images, args.resize)
+            writers[side].add(packed)
+            total += 1
+            if packed.status != SUCCESS:
+                left_out += 1
+                if len(shown) < SHOWN_FAILURES:
+                    shown.append(f"{pair.image}: {packed.facts['error_message']}")
+        for writer in writers.values():
+            writer.close()
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    print(f"{total - left_out:,} pairs packed, {left_out:,} left out")
+    print("".join(f"  {line}\n" for line in shown), end="")
+    if left_out > allowed * total:
+        raise ValueError(
+            f"{left_out:,} of {total:,} samples were left out and --missing-at-most is {allowed:g}: the first is "
+            f"{shown[0]}; the .parquet files in {args.out} list them all"
+        )
+    return sorted(writers)
 
 
 def _splitter(fraction: float, group: str | None) -> Callable[[str], str]:
@@ -82,46 +119,3 @@ def _splitter(fraction: float, group: str | None) -> Callable[[str], str]:
         return "validation" if int.from_bytes(digest[:8], "big") < fraction * 2**64 else "train"
 
     return side
-
-
-def pack_pair(pair: Pair, images: ImageSource, resize: int | None) -> Packed:
-    """Read and decode the image, so that no pair that training would stumble over gets into a shard."""
-    facts = {
-        "error_message": "", "width": 0, "height": 0, "original_width": 0, "original_height": 0, "sha256": "",
-        "source": pair.image, "captions": list(pair.captions),
-    }  # fmt: skip
-    reserved = {*facts, "key", "caption", "status"}
-    facts |= {(f"source_{name}" if name in reserved else name): value for name, value in pair.row.items()}
-
-    def failed(status: str, reason: str) -> Packed:
-        return Packed(status, b"", "", pair.captions, facts | {"error_message": reason})
-
-    if not pair.captions:
-        return failed(NO_CAPTION, "it has no caption")
-    data = images.read(pair.image)
-    if data is None:
-        return failed(MISSING, "there is no such image")
-    try:
-        decoded = decode(data, ImageConfig.background, ImageConfig.max_pixels)
-    except ImageError as error:
-        return failed(UNDECODABLE, str(error))
-    extension = next(extension for magic, extension in EXTENSION_OF_MAGIC if data.startswith(magic))
-    facts |= {"original_width": decoded.width, "original_height": decoded.height}
-    facts |= {"sha256": hashlib.sha256(data).hexdigest()}  # of the original, so that it can be found again
-    if resize and min(decoded.size) > resize:
-        decoded, data, extension = _shrink(decoded, resize, extension)
-    facts |= {"width": decoded.width, "height": decoded.height}
-    return Packed(SUCCESS, data, extension, pair.captions, facts)
-
-
-def _shrink(image: Image.Image, shorter_side: int, extension: str) -> tuple[Image.Image, bytes, str]:
-    """The upright, opaque image with this shorter side; JPEG stays JPEG, the lossless formats become PNG."""
-    scale = shorter_side / min(image.size)
-    width, height = (max(shorter_side, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    if extension == "jpg":
-        image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    else:
-        image.save(file, "PNG")
-    return image, file.getvalue(), "jpg" if extension == "jpg" else "png"

@@ -1,6 +1,7 @@
 """What `mmpt-data pack` writes: shards in img2dataset's shape.
 
-    00000.tar           KEY.{jpg,png,webp}, KEY.txt (a caption per line), KEY.json (what is known of the pair)
+    00000.tar           KEY.{jpg,png,webp}, KEY.txt (a caption per line), KEY.json (what is known of the pair);
+                        KEY.right.{jpg,png,webp} where a sample has a second image; no KEY.txt where it has no caption
     00000.parquet       a row per pair, those that failed included
     00000_stats.json    counts; its presence means that the shard is complete
 
@@ -23,12 +24,14 @@ SUCCESS, MISSING, UNDECODABLE, NO_CAPTION = "success", "failed_to_download", "fa
 
 @dataclass(frozen=True)
 class Packed:
-    """One pair made ready, or the reason why it could not be. `facts` go to its .json file and the parquet row."""
+    """One pair made ready, or the reason why it could not be. `facts` go to its .json file and the parquet row.
+
+    images: file contents by extension. captions: None for a sample that has none by its nature.
+    """
 
     status: str
-    image: bytes
-    extension: str
-    captions: tuple[str, ...]
+    images: dict[str, bytes]
+    captions: tuple[str, ...] | None
     facts: dict[str, Any]
 
 
@@ -48,16 +51,22 @@ class ShardWriter:
         row = {"key": key, "caption": pair.captions[0] if pair.captions else "", "status": pair.status, **pair.facts}
         self._rows.append(row)
         if pair.status == SUCCESS:
-            text, known = "\n".join(pair.captions), json.dumps(row, ensure_ascii=False)
-            self._open_tar().write(
-                {"__key__": key, pair.extension: pair.image, "txt": text.encode(), "json": known.encode()}
-            )
+            text = {} if pair.captions is None else {"txt": "\n".join(pair.captions).encode()}
+            known = json.dumps(row, ensure_ascii=False).encode()
+            self._open_tar().write({"__key__": key, **pair.images, **text, "json": known})
         if len(self._rows) == self._samples_per_shard:
             self._finish_shard()
 
     def close(self) -> None:
         if self._rows:
             self._finish_shard()
+
+    def abandon(self) -> None:
+        """Leave no unfinished shard behind."""
+        if self._tar is not None:
+            self._tar.close()
+            self._temporary().unlink()
+            self._tar = None
 
     def _open_tar(self) -> TarWriter:
         if self._tar is None:
@@ -87,8 +96,14 @@ class ShardWriter:
 
 
 def _column(values: list[Any]) -> pa.Array:
-    """Values of one type as they are; of several types, as JSON."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.array([json.dumps(value, ensure_ascii=False) for value in values])
+    """Scalars of one type, and lists of them, as they are; anything else as JSON."""
+    if not any(_is_nested(value) for value in values):
+        try:
+            return pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            pass  # several types
+    return pa.array([json.dumps(value, ensure_ascii=False) for value in values])
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value))

@@ -16,6 +16,10 @@ TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 
 
 class ImageSource(Protocol):
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        ...
+
     def read(self, name: str) -> bytes | None:
         """The bytes of the image of this name, or None when there is none."""
         ...
@@ -27,11 +31,16 @@ class FolderImages:
     def __init__(self, folder: Path):
         self._folder = folder.resolve()
 
+    def has(self, name: str) -> bool:
+        return self._path(name) is not None
+
     def read(self, name: str) -> bytes | None:
+        path = self._path(name)
+        return None if path is None else path.read_bytes()
+
+    def _path(self, name: str) -> Path | None:
         path = (self._folder / name).resolve()
-        if not path.is_relative_to(self._folder) or not path.is_file():
-            return None
-        return path.read_bytes()
+        return path if path.is_relative_to(self._folder) and path.is_file() else None
 
 
 class TarImages:
@@ -47,6 +56,9 @@ class TarImages:
                 elif member.kind != b"5":  # folders are harmless
                     reason = f"{member.path!r} is neither a file nor a folder (type {member.kind!r})"
                     raise ShardError(str(path), member.header_start, reason, "make the archive again with plain files")
+
+    def has(self, name: str) -> bool:
+        return name in self._places
 
     def read(self, name: str) -> bytes | None:
         if name not in self._places:
@@ -66,13 +78,24 @@ def open_images(path: Path) -> ImageSource:
     raise ValueError(f"{path} is neither a folder of images nor a .tar file")
 
 
+def find(images: ImageSource, *names: str) -> str:
+    """The first of these names that is there; where none is, the first."""
+    return next((name for name in names if images.has(name)), names[0])
+
+
 @dataclass(frozen=True)
 class Pair:
-    """An image with all its captions, and the first row of the table that names it."""
+    """An image with all its captions, and what else is known of it.
+
+    captions: None for a sample that has none by its nature, such as a question about an image.
+    row: fields for its .json file; from a table, the first row that names the image.
+    right: name of the second image of a pair of images.
+    """
 
     image: str
-    captions: tuple[str, ...]
+    captions: tuple[str, ...] | None
     row: dict
+    right: str = ""
 
 
 def read_pairs(table: Path, image_column: str, caption_columns: list[str], separator: str | None) -> list[Pair]:
@@ -90,13 +113,14 @@ def read_pairs(table: Path, image_column: str, caption_columns: list[str], separ
         name = str(row[image_column])
         first_rows.setdefault(name, row)
         found = captions.setdefault(name, [])
-        found += [text for column in caption_columns for text in _texts(row[column], separator) if text not in found]
+        found += [text for column in caption_columns for text in texts(row[column], separator) if text not in found]
     if not captions:
         raise ValueError(f"{table} has no rows")
     return [Pair(name, tuple(captions[name]), row) for name, row in first_rows.items()]
 
 
-def _texts(cell: object, separator: str | None) -> list[str]:
+def texts(cell: object, separator: str | None = None) -> list[str]:
+    """The texts in a cell or list of cells, runs of white space made one space, empty ones left out."""
     cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
     parts = [part for text in cells for part in (str(text).split(separator) if separator else [str(text)])]
     return [" ".join(part.split()) for part in parts if part.strip()]

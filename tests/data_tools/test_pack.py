@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_tools.__main__ import main
 from mmpt.data.image import decode
-from mmpt.data.manifest import load_manifest
+from mmpt.data.manifest import FILE_NAME, load_manifest
 from tests.data.shards import caption, picture
+from tests.data_tools.readback import samples
 
 EMOJI = Path(__file__).parents[2] / "../shared/data/emoji"
 
@@ -47,16 +47,6 @@ def write_table(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def samples(folder: Path) -> list[dict]:
-    """Through webdataset, as any other trainer would read them."""
-    found = []
-    for path in sorted(folder.glob("*.tar")):
-        with path.open("rb") as stream:
-            files = tar_file_expander([{"url": str(path), "stream": stream}])
-            found += [sample for sample in group_by_keys(files) if "__key__" in sample]
-    return found
-
-
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("container", ["folder", "tar"])
 def test_every_table_and_container_gives_the_same_shards(images: Path, tmp_path: Path, suffix: str, container: str):
@@ -73,7 +63,7 @@ def test_every_table_and_container_gives_the_same_shards(images: Path, tmp_path:
     main(["pack", str(source), str(table), str(out), "--samples-per-shard", "4"])
 
     assert sorted(path.name for path in out.iterdir()) == [
-        *(f"0000{i}{end}" for i in range(3) for end in (".parquet", ".tar", "_stats.json")), "manifest.npz",
+        *(f"0000{i}{end}" for i in range(3) for end in (".parquet", ".tar", "_stats.json")), FILE_NAME,
     ]  # fmt: skip
     packed = samples(out)
     assert [sample["__key__"] for sample in packed] == [f"0000{i // 4}000{i % 4}" for i in range(10)]
