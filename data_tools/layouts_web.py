@@ -22,7 +22,7 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 ROWS_PER_FOLDER = 10_000
 YFCC_COLUMNS = 25
 FLICKR_HOST = re.compile(r"^https?://[^/]+/")
-TAG = re.compile(r"<[^>]*>")
+TAG = re.compile(r"</?[A-Za-z][^>]*>")
 
 
 def read_cc3m(images: ImageSource, files: Sequence[Path]) -> Iterator[Pair]:
@@ -126,7 +126,7 @@ def _photographs(file: Path) -> np.ndarray:
 def _photograph(images: ImageSource, cells: list[str]) -> Pair:
     digest = cells[2]
     stems = (f"{digest[:3]}/{digest[3:6]}/{digest}", digest, cells[1])
-    found = [text for cell in cells[8:10] for text in texts(TAG.sub(" ", html.unescape(unquote_plus(cell))))]
+    found = [text for cell in cells[8:10] for text in texts(html.unescape(TAG.sub(" ", unquote_plus(cell))))]
     return Pair(
         find(images, *(f"{stem}.{extension}" for stem in stems for extension in EXTENSIONS)),
         tuple(dict.fromkeys(found)),
