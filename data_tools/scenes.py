@@ -29,10 +29,10 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from data_tools.index import index
 from data_tools.scenes_captions import Caption, Word, recolour, write_caption
 from data_tools.scenes_drawing import draw_scene
 from data_tools.scenes_world import SceneObject, Split, is_true, sample_things
-from mmpt.data.manifest import FILE_NAME, build_manifest, save_manifest
 
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 
@@ -73,8 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Index the shards of a folder, so that it can be trained on and evaluated."""
-    names = sorted(path.name for path in folder.glob("*.tar"))
-    save_manifest(build_manifest(str(folder), names), folder / FILE_NAME)
+    index(str(folder))
 
 
 def write_shard(out: Path, seed: int, image_size: int, shard: tuple[Split, int, range]) -> None:

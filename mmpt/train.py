@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from mmpt import config, dist, failure
+from mmpt.data import quarantine
 from mmpt.data.loader import Loader, build_loader
 from mmpt.engine.build import Engine, build, check_precision, evaluating
 from mmpt.engine.metrics import Metrics
@@ -87,12 +88,14 @@ def loop(recipe: Recipe, engine: Engine, loader: Loader, progress: Progress, wri
         lr = learning_rate(recipe.optim, progress.applied_steps, total_steps)
         result, terms = train_step(engine, [part.to(engine.device) for part in batch.split(parts)], lr)
         advance(progress, result.applied, loader.state, recipe.engine.max_consecutive_skips)
+        quarantine.append(run_dir, dist.rank(), loader.take_quarantined())
         metrics.add(result, terms, waited, time.perf_counter() - began)
         writers.advance(progress.step)
         last = progress.step == last_step
 
         if last or progress.step % run.log_every_steps == 0:
-            record = metrics.record() | {"learning_rate": lr, "samples": progress.data_state, "epoch": loader.epoch}
+            record = metrics.record() | {"learning_rate": lr, "samples": progress.data_state}
+            record |= epochs(loader.epochs)
             writers.record(progress.step, record, SHOWN)
         if progress.step == total_steps or due(progress.step, recipe.evals.every_steps):
             with evaluating(engine):
@@ -103,6 +106,8 @@ def loop(recipe: Recipe, engine: Engine, loader: Loader, progress: Progress, wri
                 writers.record(progress.step, scores, tuple(scores))
         if last or progress.step % run.checkpoint_every_steps == 0:
             checkpoint_now(run_dir, engine, progress, run.keep_last, run.keep_every_steps)
+            if dist.rank() == 0:
+                quarantine.merge(run_dir)
     writers.say(f"{'finished' if progress.step == total_steps else 'stopped'} at step {progress.step} in {run_dir}")
 
 
@@ -140,6 +145,11 @@ def advance(progress: Progress, applied: bool, data_state: int, max_consecutive_
             f"the gradient was not finite in {progress.consecutive_skips} steps in a row, up to step {progress.step}; "
             "nothing was updated in them. The last checkpoint is whole: continue with a lower optim.lr or another seed"
         )
+
+
+def epochs(passes: tuple[float, ...]) -> dict[str, float]:
+    """Passes over the data, and over each source where there are several."""
+    return {"epoch": passes[0]} if len(passes) == 1 else {f"epoch/source_{i}": n for i, n in enumerate(passes)}
 
 
 def due(step: int, every_steps: int) -> bool:

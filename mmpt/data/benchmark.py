@@ -9,7 +9,9 @@
 """
 
 from mmpt.data import storage
-from mmpt.data.manifest import Manifest, build_manifest
+from mmpt.data.manifest import Manifest
+from mmpt.data.scan import build_manifest
+from mmpt.data.storage import ListedFile
 
 SPLIT = "test"
 COUNT_FILE = "nshards.txt"
@@ -30,7 +32,9 @@ def load_benchmark(folder: str) -> Manifest | None:
     text = storage.read_text(count_file).strip()
     if not text.isascii() or not text.isdigit():
         raise ValueError(f"{count_file} should hold the number of shards and holds {text!r}")
-    return build_manifest(split, [f"{i}.tar" for i in range(int(text))])
+    names = [f"{i}.tar" for i in range(int(text))]
+    sizes = [storage.size_bytes(storage.join(split, name)) for name in names]
+    return build_manifest(split, [ListedFile(name, size, "") for name, size in zip(names, sizes, strict=True)])
 
 
 def read_class_names(folder: str) -> list[str]:

@@ -4,9 +4,12 @@ A balanced Feistel network permutes the smallest power of four that holds n; a v
 through again until it lands inside ("cycle walking", Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 U64 = np.uint64
+Cipher = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 ROUNDS = 10  # the 720 orders of six items then deviate by 12 % (std) from equally likely; by 72 % with 4 rounds
 GOLDEN = 0x9E3779B97F4A7C15
 
@@ -32,6 +35,15 @@ def permute(index: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarr
 
     index: [m] int64; n, key: one value, or one per index; 0 <= index < n <= 2 ** 62. Returns [m] int64.
     """
+    return _walk(index, n, key, _feistel)
+
+
+def unpermute(image: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The index that `permute` sends to each image."""
+    return _walk(image, n, key, _feistel_inverse)
+
+
+def _walk(index: np.ndarray, n: int | np.ndarray, key: np.ndarray, cipher: Cipher) -> np.ndarray:
     index = np.asarray(index, dtype=np.int64)
     sizes = np.broadcast_to(np.asarray(n, dtype=np.int64), index.shape)
     keys = np.broadcast_to(key, index.shape)
@@ -39,7 +51,7 @@ def permute(index: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarr
     out = index.astype(U64)
     walking = np.arange(len(index))
     while len(walking):
-        out[walking] = _feistel(out[walking], half_bits[walking], keys[walking])
+        out[walking] = cipher(out[walking], half_bits[walking], keys[walking])
         walking = walking[out[walking] >= sizes[walking].astype(U64)]
     return out.astype(np.int64)
 
@@ -56,4 +68,13 @@ def _feistel(x: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.ndarr
     for round_index in range(ROUNDS):
         round_key = mix(keys + U64(round_index))
         left, right = right, left ^ (mix(right ^ round_key) & mask)
+    return (left << half_bits) | right
+
+
+def _feistel_inverse(x: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    mask = (U64(1) << half_bits) - U64(1)
+    left, right = x >> half_bits, x & mask
+    for round_index in reversed(range(ROUNDS)):
+        round_key = mix(keys + U64(round_index))
+        left, right = right ^ (mix(left ^ round_key) & mask), left
     return (left << half_bits) | right

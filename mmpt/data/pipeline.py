@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mmpt.batch import Batch, InputSpec, Sample
-from mmpt.data.image import ImageConfig, ImageError, decode, evaluation_image, training_image
-from mmpt.data.manifest import IMAGE_EXTENSIONS, Manifest
+from mmpt.batch import Batch, InputSpec
+from mmpt.data.image import ImageConfig, ImageError, evaluation_image, training_image
+from mmpt.data.manifest import IMAGE_EXTENSIONS
+from mmpt.data.quarantine import BadSample, stand_ins
 from mmpt.data.randomness import generator
-from mmpt.data.reader import RawSample, Reader
-from mmpt.data.text import captions_of, metadata_of, tokenise
+from mmpt.data.reader import RawSample
+from mmpt.data.sources import SourceReader, Sources
+from mmpt.data.text import CaptionFields, captions_of, draw_caption, metadata_of, tokenise
 
 if TYPE_CHECKING:
-    from PIL import Image
     from transformers import PreTrainedTokenizerBase
 
 
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
 class Pipeline:
     """What a worker needs to know once; travels to it by pickling."""
 
-    manifest: Manifest
+    sources: Sources
     tokenizer: "PreTrainedTokenizerBase"
     inputs: InputSpec
     image: ImageConfig
-    caption_field: str
     seed: int
 
 
@@ -45,37 +45,76 @@ class Work(NamedTuple):
     indices: np.ndarray
 
 
-def training_batch(pipeline: Pipeline, reader: Reader, work: Work) -> Batch:
-    """Samples with random captions, crops and kept patches. Raises ValueError that names the shard and key at fault."""
+class _Pair(NamedTuple):
+    """One image and one caption, ready to be stacked and tokenised."""
+
+    key: str
+    image: np.ndarray
+    caption: str
+
+
+def training_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tuple[Batch, list[BadSample]]:
+    """Samples with random captions, crops and kept patches, and those that could not be used.
+
+    Raises ShardError for a shard that cannot be trusted, ValueError for a chunk without one usable sample.
+    """
+    pairs, bad = [], []
     raw = reader.read(work.chunks, work.indices)
+    for i, sample in enumerate(raw):
+        pairs.append(_pair_or_stand_in(pipeline, reader, work, i, sample, bad))
     keyed = list(zip(work.epochs.tolist(), work.positions.tolist(), strict=True))
-    samples = [choose_caption(sample, pipeline, *key) for sample, key in zip(raw, keyed, strict=True)]
-    images = []
-    for sample, source, (epoch, position) in zip(samples, raw, keyed, strict=True):
-        random = partial(generator, pipeline.seed, epoch=epoch, position=position)
-        image = _decode(sample.image, source, pipeline.image)
-        images.append(training_image(image, pipeline.inputs.image_size, pipeline.image, random))
-    return Batch(
-        images=torch.from_numpy(np.stack(images)),  # [B, 3, H, W]
-        text=tokenise(pipeline.tokenizer, [sample.caption for sample in samples], pipeline.inputs),
+    batch = Batch(
+        images=torch.from_numpy(np.stack([pair.image for pair in pairs])),  # [B, 3, H, W]
+        text=tokenise(pipeline.tokenizer, [pair.caption for pair in pairs], pipeline.inputs),
         positions=torch.from_numpy(work.positions.copy()),
         kept_patches=kept_patches(pipeline, keyed),
-        keys=tuple(sample.key for sample in samples),
+        keys=tuple(pair.key for pair in pairs),
     )
+    return batch, bad
 
 
-def evaluation_batch(pipeline: Pipeline, reader: Reader, work: Work) -> tuple[Batch, list[dict]]:
+def _pair_or_stand_in(
+    pipeline: Pipeline, reader: SourceReader, work: Work, i: int, sample: RawSample, bad: list[BadSample]
+) -> _Pair:
+    """The pair for slot i of the batch; where its sample is bad, a note of it and the first usable stand-in."""
+    chunk, epoch, position = int(work.chunks[i]), int(work.epochs[i]), int(work.positions[i])
+    fields = pipeline.sources.caption_fields_of(chunk)
+    try:
+        return _pair(pipeline, sample, fields, epoch, position)
+    except ValueError as error:
+        first = error
+        bad.append(BadSample(sample.shard, sample.key, sample.offset, _reason(error), position))
+    for index in stand_ins(reader.chunk_length(chunk), int(work.indices[i]), pipeline.seed, epoch, position):
+        (other,) = reader.read(np.array([chunk]), np.array([index]))
+        try:
+            return _pair(pipeline, other, fields, epoch, position)
+        except ValueError:
+            continue  # it has, or gets, its own note when its own turn comes
+    raise ValueError(f"{sample.shard}: sample {sample.key!r}: {_reason(first)}; nor is any other of its chunk usable")
+
+
+def _pair(pipeline: Pipeline, raw: RawSample, fields: CaptionFields, epoch: int, position: int) -> _Pair:
+    """Raises ValueError for an image or a caption that cannot be used."""
+    random = partial(generator, pipeline.seed, epoch=epoch, position=position)
+    draws = random("caption_field").random() if len(fields.names) > 1 else 0.0, random("caption").random()
+    caption = draw_caption(raw.files, fields, *draws)
+    image = training_image(image_bytes(raw), pipeline.inputs.image_size, pipeline.image, random)
+    return _Pair(raw.key, image, caption)
+
+
+def _reason(error: ValueError) -> str:
+    return " ".join(str(error).split())
+
+
+def evaluation_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tuple[Batch, list[dict]]:
     """Samples as they are, centre-cropped, every patch kept, with their first caption; and what else is known of each.
 
     The dictionary of a sample holds the fields of its .json file, and: `key`; `captions`, the list of all of them
     (empty when it has a label instead); `label`, an integer, when it has a .cls file.
     """
     raw = reader.read(work.chunks, work.indices)
-    metadata = [describe(sample, pipeline.caption_field) for sample in raw]
-    images = [
-        evaluation_image(_decode(image_bytes(sample), sample, pipeline.image), pipeline.inputs.image_size)
-        for sample in raw
-    ]
+    metadata = [describe(sample, pipeline.sources.captions[0]) for sample in raw]
+    images = [_evaluation_image(sample, pipeline) for sample in raw]
     captions = [(known["captions"] or [""])[0] for known in metadata]
     batch = Batch(
         images=torch.from_numpy(np.stack(images)),  # [B, 3, H, W]
@@ -87,26 +126,14 @@ def evaluation_batch(pipeline: Pipeline, reader: Reader, work: Work) -> tuple[Ba
     return batch, metadata
 
 
-def choose_caption(raw: RawSample, pipeline: Pipeline, epoch: int, position: int) -> Sample:
-    """One of the sample's captions, uniformly. Raises ValueError that names the shard and the key."""
-    try:
-        captions = captions_of(raw.files, pipeline.caption_field)
-    except ValueError as error:
-        raise _about(raw, error) from error
-    choice = 0
-    if len(captions) > 1:
-        choice = int(generator(pipeline.seed, "caption", epoch, position).random() * len(captions))
-    return Sample(raw.key, image_bytes(raw), captions[choice], {})
-
-
-def describe(raw: RawSample, caption_field: str) -> dict:
-    """What evaluation wants to know of a sample; see evaluation_batch."""
+def describe(raw: RawSample, fields: CaptionFields) -> dict:
+    """What evaluation wants to know of a sample; see evaluation_batch. Captions are those of the first field."""
     try:
         known = metadata_of(raw.files) | {"key": raw.key, "captions": []}
         if "cls" in raw.files:
             known["label"] = int(raw.files["cls"])
         else:
-            known["captions"] = captions_of(raw.files, caption_field)
+            known["captions"] = captions_of(raw.files, fields.names[0])
     except ValueError as error:
         raise _about(raw, error) from error
     return known
@@ -129,9 +156,9 @@ def image_bytes(raw: RawSample) -> bytes:
     return next(data for extension, data in raw.files.items() if extension in IMAGE_EXTENSIONS)
 
 
-def _decode(data: bytes, raw: RawSample, config: ImageConfig) -> "Image.Image":
+def _evaluation_image(raw: RawSample, pipeline: Pipeline) -> np.ndarray:
     try:
-        return decode(data, config.background, config.max_pixels)
+        return evaluation_image(image_bytes(raw), pipeline.inputs.image_size, pipeline.image)
     except ImageError as error:
         raise _about(raw, error) from error
 

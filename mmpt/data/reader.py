@@ -11,10 +11,11 @@ from mmpt.data.tar import REINDEX, Extent, ShardError, read_extents
 
 
 class RawSample(NamedTuple):
-    """The undecoded files of one sample by extension, and where they came from."""
+    """The undecoded files of one sample by extension, and where they came from: shard, key, first byte."""
 
     shard: str
     key: str
+    offset: int
     files: dict[str, bytes]
 
 
@@ -32,7 +33,7 @@ class Reader:
         Raises ShardError when a shard is not what the manifest says.
         """
         samples: list[RawSample | None] = [None] * len(chunks)
-        shards = self.manifest.chunk_shards[chunks]
+        shards = self.manifest.shards_of(chunks)
         for shard in np.unique(shards):
             mine = np.flatnonzero(shards == shard)
             mine = mine[np.lexsort((indices[mine], chunks[mine]))]
@@ -41,32 +42,27 @@ class Reader:
                 with storage.open_bytes(place) as file:
                     for i in mine.tolist():
                         extent = self._extents_of(int(chunks[i]), file, place)[indices[i]]
-                        samples[i] = RawSample(place, extent.key, _files(file, extent, place))
+                        samples[i] = RawSample(place, extent.key, extent.start, _files(file, extent, place))
             except OSError as error:
                 raise ShardError(place, 0, f"it cannot be read ({error})", REINDEX) from error
         return samples  # type: ignore[return-value]
 
-    def _extents_of(self, chunk: int, file: storage.ByteFile, place: str) -> list[Extent]:
-        if chunk in self._extents:
-            self._extents.move_to_end(chunk)
-            return self._extents[chunk]
-        start, stop, to_end = self._range(chunk)
-        extents = list(read_extents(file, place, start, stop, to_end))
-        expected = int(self.manifest.chunk_lengths[chunk])
-        if len(extents) != expected:
-            raise ShardError(place, start, f"{len(extents)} samples where the index has {expected}", REINDEX)
-        self._extents[chunk] = extents
+    def _extents_of(self, k: int, file: storage.ByteFile, place: str) -> list[Extent]:
+        """Where the samples of a chunk lie that are part of the data set."""
+        if k in self._extents:
+            self._extents.move_to_end(k)
+            return self._extents[k]
+        chunk = self.manifest.chunk(k)
+        extents = list(read_extents(file, place, chunk.start, chunk.stop, chunk.to_end))
+        if len(extents) != chunk.stored:
+            found = f"{len(extents)} samples where the index has {chunk.stored}"
+            raise ShardError(place, chunk.start, found, REINDEX)
+        if chunk.kept is not None:
+            extents = [extents[i] for i in chunk.kept.tolist()]
+        self._extents[k] = extents
         if len(self._extents) > self._remembered_chunks:
             self._extents.popitem(last=False)
         return extents
-
-    def _range(self, chunk: int) -> tuple[int, int, bool]:
-        """(first byte, byte after the last, whether that is the end of the shard)."""
-        manifest = self.manifest
-        start, shard = int(manifest.chunk_starts[chunk]), manifest.chunk_shards[chunk]
-        if chunk + 1 < len(manifest.chunk_starts) and manifest.chunk_shards[chunk + 1] == shard:
-            return start, int(manifest.chunk_starts[chunk + 1]), False
-        return start, int(manifest.shard_bytes[shard]), True
 
 
 def _files(file: storage.ByteFile, extent: Extent, place: str) -> dict[str, bytes]:

@@ -1,6 +1,6 @@
 """Where bytes come from: the only file that opens anything. A place is a local path or any URL that fsspec knows."""
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -13,6 +13,33 @@ class ByteFile(Protocol):
     def read(self, size: int, /) -> bytes: ...
     def __enter__(self) -> "ByteFile": ...
     def __exit__(self, *args: Any) -> Any: ...
+
+
+class ListedFile(NamedTuple):
+    """A file in a folder: its name there, its size in bytes, and its version (etag) where the storage has one."""
+
+    name: str
+    size: int
+    version: str
+
+
+def is_local(place: str) -> bool:
+    return "://" not in place and "::" not in place
+
+
+def can_list(folder: str) -> bool:
+    """Whether the storage can say what is in a folder; HTTP cannot."""
+    return not folder.startswith(("http://", "https://"))
+
+
+def list_files(folder: str, suffix: str) -> list[ListedFile]:
+    """The files directly in a folder whose names end in `suffix`, by name, from one listing."""
+    filesystem, path = url_to_fs(folder)
+    found = [
+        ListedFile(entry["name"].rpartition("/")[2], int(entry["size"]), str(entry.get("ETag", "")).strip('"'))
+        for entry in filesystem.ls(path, detail=True)
+    ]
+    return sorted(file for file in found if file.name.endswith(suffix))
 
 
 def join(folder: str, name: str) -> str:
@@ -48,7 +75,7 @@ def size_bytes(place: str) -> int:
     return int(filesystem.size(path))
 
 
-def open_bytes(place: str) -> ByteFile:
+def open_bytes(place: str, version: str = "") -> ByteFile:
     """Open for reading. Raises FileNotFoundError when there is no such file."""
     return fsspec.open(place, "rb").open()  # type: ignore[return-value]
 

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -61,9 +63,10 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str], inpu
 
 
 def captions_of(files: dict[str, bytes], caption_field: str) -> list[str]:
-    """All captions of a sample, at least one. `files` maps extensions to bytes.
+    """All captions of a sample in one field, without empty ones. `files` maps extensions to bytes.
 
-    caption_field: see DataConfig. Raises ValueError when the sample has no such field, or no text in it.
+    caption_field: `txt` for the lines of the .txt file, `txt_whole` for that file as one caption, any other name for a
+    text or a list of texts in the .json file. Raises ValueError when the sample has no such field, or no text in it.
     """
     if caption_field in (TEXT_LINES, TEXT_WHOLE):
         if "txt" not in files:
@@ -71,12 +74,60 @@ def captions_of(files: dict[str, bytes], caption_field: str) -> list[str]:
         text = files["txt"].decode("utf-8")
         captions = text.splitlines() if caption_field == TEXT_LINES else [text]
     else:
-        value = metadata_of(files).get(caption_field)
+        value: Any = metadata_of(files).get(caption_field)
         captions = value if isinstance(value, list) else [value]
         if not all(isinstance(caption, str) for caption in captions):
             raise ValueError(f"field {caption_field!r} of its .json file is {value!r}, not a text or a list of texts")
     captions = [caption.strip() for caption in captions if caption.strip()]
-    return captions or [""]
+    if not captions:
+        raise ValueError(f"its caption is empty ({caption_field})")
+    return captions
+
+
+@dataclass(frozen=True)
+class CaptionFields:
+    """Fields that captions are drawn from, and the probability of each."""
+
+    names: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def caption_fields(text: str) -> CaptionFields:
+    """`txt` -> that field always; `txt=0.7,synthetic=0.3` -> one of them, drawn anew each time with these odds.
+
+    Raises ValueError for odds that are missing, not positive, or do not sum to 1.
+    """
+    names, odds = [], []
+    parts = text.split(",")
+    for part in parts:
+        name, _, odd = part.partition("=")
+        names.append(name.strip())
+        try:
+            odds.append(float(odd) if odd or len(parts) > 1 else 1.0)
+        except ValueError:
+            odds.append(0.0)
+    if not all(names) or min(odds) <= 0 or abs(sum(odds) - 1) > 1e-6:
+        raise ValueError(f"caption_field wants FIELD or FIELD=ODDS,FIELD=ODDS with odds that sum to 1, got {text!r}")
+    return CaptionFields(tuple(names), tuple(odds))
+
+
+def draw_caption(files: dict[str, bytes], fields: CaptionFields, field_draw: float, caption_draw: float) -> str:
+    """One caption: first a field by the odds of those that hold text, then one of its captions uniformly.
+
+    field_draw, caption_draw: uniform in [0, 1). Raises ValueError when no field holds text, for the first's reason.
+    """
+    found, odds, reason = [], [], None
+    for name, odd in zip(fields.names, fields.probabilities, strict=True):
+        try:
+            found.append(captions_of(files, name))
+            odds.append(odd)
+        except ValueError as error:
+            reason = reason or error
+    if not found:
+        assert reason is not None
+        raise reason
+    choice = next((i for i, end in enumerate(accumulate(odds)) if field_draw * sum(odds) < end), len(odds) - 1)
+    return found[choice][int(caption_draw * len(found[choice]))]
 
 
 def metadata_of(files: dict[str, bytes]) -> dict:

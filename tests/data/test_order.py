@@ -5,7 +5,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mmpt.data.order import Order, batch_positions, default_lanes, locate
+from mmpt.data.mixture import Mixture, batch_positions
+from mmpt.data.order import Order, locate, positions_of
 
 WORLD_SIZES = (1, 2, 3, 4, 5, 6, 8, 12)
 PINNED = [
@@ -38,9 +39,10 @@ def identities(order: Order, positions: np.ndarray) -> list[tuple[int, int, int]
 
 def global_batches(order: Order, global_batch: int, world_size: int, steps: int, start: int = 0) -> list[np.ndarray]:
     """Positions of each step, all ranks' one after another."""
+    alone = Mixture((order,), (1,), (0,))
     return [
         np.concatenate([
-            batch_positions(start + step * global_batch, global_batch, order.lanes, rank, world_size)
+            batch_positions(alone, start + step * global_batch, global_batch, rank, world_size)
             for rank in range(world_size)
         ])
         for step in range(steps)
@@ -145,20 +147,25 @@ def test_neighbours_in_a_shard_meet_about_as_often_as_in_a_full_shuffle():
     assert np.mean(distinct) == pytest.approx(shards * (1 - (1 - 1 / shards) ** global_batch), rel=0.03)
 
 
-@pytest.mark.parametrize(("global_batch", "lanes"), [(1, 1), (7, 7), (64, 64), (96, 48), (127, 1), (32768, 64)])
-def test_default_lanes_divide_the_batch(global_batch: int, lanes: int):
-    assert default_lanes(global_batch) == lanes
+@given(order=orders(), epoch=st.integers(0, 5))
+@settings(max_examples=150, deadline=None)
+def test_positions_of_is_the_inverse(order: Order, epoch: int):
+    positions = np.arange(epoch * order.samples, (epoch + 1) * order.samples)
+    epochs, chunks, indices = locate(order, positions)
+    assert (epochs == epoch).all()
+    assert np.array_equal(positions_of(order, epoch, chunks, indices), positions)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, 10, 4, 0, 1), r"lanes \(4\) must divide the global batch \(10\)"),
-        ((0, 12, 4, 0, 5), r"world size \(5\) must divide the global batch \(12\)"),
-        ((6, 12, 4, 0, 1), r"lanes \(4\) must divide the data state \(6\)"),
-        ((-4, 12, 4, 0, 1), r"data state \(-4\)"),
-    ],
-)
-def test_what_cannot_be_divided_is_refused(arguments: tuple, message: str):
-    with pytest.raises(ValueError, match=message):
-        batch_positions(*arguments)
+def test_chunks_that_a_filter_emptied_hold_no_sample():
+    order = Order(np.array([0, 3, 0, 0, 2, 0], dtype=np.int32), 7, 2, 3)
+    _, chunks, indices = locate(order, np.arange(5))
+    assert sorted(zip(chunks.tolist(), indices.tolist(), strict=True)) == [(1, 0), (1, 1), (1, 2), (4, 0), (4, 1)]
+
+
+def test_more_chunks_than_are_summed_at_a_time():
+    """The order of 600,000 chunks is computed in blocks; it must not show."""
+    lengths = np.random.default_rng(0).integers(1, 4, 600_000).astype(np.int32)
+    order = Order(lengths, 11, 64, 8)
+    _, chunks, indices = locate(order, np.arange(order.samples))
+    first = np.cumsum(lengths) - lengths
+    assert np.array_equal(np.sort(first[chunks] + indices), np.arange(order.samples))

@@ -9,7 +9,15 @@ from transformers import PreTrainedTokenizerFast
 
 from data_tools.tokenizer import save, train_wordpiece
 from mmpt.batch import InputSpec, unpack
-from mmpt.data.text import captions_of, check_vocabulary, load_tokenizer, tokenise
+from mmpt.data.text import (
+    CaptionFields,
+    caption_fields,
+    captions_of,
+    check_vocabulary,
+    draw_caption,
+    load_tokenizer,
+    tokenise,
+)
 from tests.data.shards import caption
 
 
@@ -85,7 +93,6 @@ def test_where_captions_come_from():
     assert captions_of(files, "txt_whole") == ["a\r\n\nb"]
     assert captions_of(files, "caption") == ["one"]
     assert captions_of(files, "captions") == ["one", "two"]
-    assert captions_of({"txt": b" \n"}, "txt") == [""]
 
 
 @pytest.mark.parametrize(
@@ -97,8 +104,29 @@ def test_where_captions_come_from():
         ({"json": b"[1]"}, "caption", "not an object"),
         ({"json": b"{"}, "caption", "Expecting property name"),
         ({"txt": b"\xff\xfe"}, "txt", "codec can't decode"),
+        ({"txt": b" \n"}, "txt", "its caption is empty"),
+        ({"json": b'{"caption": " "}'}, "caption", "its caption is empty"),
     ],
 )
 def test_what_holds_no_caption_is_refused(files: dict, field: str, message: str):
     with pytest.raises(ValueError, match=message):
         captions_of(files, field)
+
+
+def test_fields_are_drawn_with_their_odds_and_cede_their_share_when_empty():
+    fields = caption_fields("txt=0.7, synthetic=0.3")
+    assert fields == CaptionFields(("txt", "synthetic"), (0.7, 0.3))
+    files = {"txt": b"a\nb", "json": b'{"synthetic": "c"}'}
+    drawn = [draw_caption(files, fields, i / 10, j / 4) for i in range(10) for j in range(4)]
+    assert [drawn.count(caption) for caption in "abc"] == [14, 14, 12]
+    assert draw_caption({"txt": b"a", "json": b"{}"}, fields, 0.95, 0) == "a"
+    assert draw_caption({"json": b'{"synthetic": "c"}'}, fields, 0.0, 0) == "c"
+    with pytest.raises(ValueError, match=r"no \.txt file"):
+        draw_caption({"json": b"{}"}, fields, 0.5, 0)
+    assert caption_fields("caption") == CaptionFields(("caption",), (1.0,))
+
+
+@pytest.mark.parametrize("text", ["", "txt=0.5", "txt=0.5,b=0.6", "txt,b", "txt=1,b=0", "=1", "txt=x,b=0.5"])
+def test_odds_that_make_no_sense_are_refused(text: str):
+    with pytest.raises(ValueError, match="caption_field wants"):
+        caption_fields(text)
