@@ -1,30 +1,21 @@
-"""From the bytes of an image file to the uint8 pixels that a tower wants: decode, crop, resize, flip, jitter."""
+"""From the bytes of an image file to the uint8 pixels that a tower wants.
 
-import io
+The crop is chosen from the header alone; the file is then decoded no larger than that crop needs, and only the small
+result is turned, mirrored and jittered.
+"""
+
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import simplejpeg
-from PIL import ExifTags, Image, ImageEnhance
+import torch
+from PIL import Image, ImageEnhance
+
+from mmpt.data.decode import DCT_FACTORS, Box, Header, decode_pixels, read_header
+from mmpt.data.decode import ImageError as ImageError
 
 CROP_TRIES = 10
-TRANSPOSE_OF_ORIENTATION = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-Box = tuple[float, float, float, float]
-
-
-class ImageError(ValueError):
-    """Bytes that are not an image we can or want to decode."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +34,11 @@ class ImageConfig:
     """Colour (red, green, blue; 0 to 255) put behind transparent images."""
     max_pixels: int = 100_000_000
     """Images of more pixels are refused by their header, before any memory is taken."""
+    max_bytes: int = 100_000_000
+    """Image files of more bytes are refused unread."""
+    decode_gap: float = 2.0
+    """JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop then still has this many times the wanted
+    pixels in both directions. 1 is the fastest; 2 keeps every photograph above 30 dB of full decoding."""
 
     def __post_init__(self):
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -55,65 +51,99 @@ class ImageConfig:
             )
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             raise ValueError(f"background wants three values from 0 to 255, got {self.background}")
+        if self.decode_gap < 1 or self.max_pixels < 1 or self.max_bytes < 1:
+            raise ValueError(
+                f"decode_gap ({self.decode_gap}), max_pixels ({self.max_pixels}) and max_bytes ({self.max_bytes}) "
+                "must each be 1 or more"
+            )
 
 
 def decode(data: bytes, background: tuple[int, int, int], max_pixels: int) -> Image.Image:
-    """A JPEG, PNG or WebP file as an upright RGB image.
+    """A JPEG, PNG or WebP file as an upright RGB image, in full.
 
     The EXIF orientation is applied; transparency is composed on the background. Raises ImageError for anything else,
     for damage, and for more than max_pixels pixels.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))  # reads no further than the header
-        if image.width * image.height > max_pixels:
-            raise ImageError(f"{image.width} x {image.height} pixels are more than max_pixels ({max_pixels})")
-        upright = TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-        rgb = _rgb(image, data, background)
-        return rgb if upright is None else rgb.transpose(upright)
-    except ImageError:
-        raise
-    except Exception as error:  # on hostile bytes the decoders raise nearly every type there is
-        raise ImageError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
-
-
-def _rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -> Image.Image:
-    if data[:2] == b"\xff\xd8" and image.mode in ("RGB", "L"):  # CMYK is left to Pillow, which knows Adobe's inversion
-        return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scale
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    header = read_header(data, max_pixels, max_bytes=len(data))
+    return Image.fromarray(header.upright(decode_pixels(data, header, 1, background)))
 
 
 def training_image(
-    image: Image.Image, size: int, config: ImageConfig, random: Callable[[str], np.random.Generator]
+    data: bytes, size: int, config: ImageConfig, random: Callable[[str], np.random.Generator]
 ) -> np.ndarray:
-    """A random resized crop, perhaps mirrored and jittered: uint8 [3, size, size].
+    """A random resized crop of an image file, perhaps mirrored and jittered: uint8 [3, size, size].
 
     random: gives the stream for a purpose; each choice has its own, so that switching one on leaves the others alone.
+    Raises ImageError for what cannot be decoded or is over a limit.
     """
-    box = random_crop_box(image.width, image.height, config.crop_scale, config.crop_ratio, random("crop"))
-    resized = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    if config.colour_jitter:
-        resized = jitter(resized, config.colour_jitter, random("jitter"))
-    if config.flip_probability and random("flip").random() < config.flip_probability:
-        resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return _channels_first(resized)
+    header = read_header(data, config.max_pixels, config.max_bytes)
+    box = random_crop_box(*header.upright_size, config.crop_scale, config.crop_ratio, random("crop"))
+    return vary(resized_crop(data, header, box, size, config), config, random)
 
 
-def evaluation_image(image: Image.Image, size: int) -> np.ndarray:
+def resized_crop(data: bytes, header: Header, box: Box, size: int, config: ImageConfig) -> np.ndarray:
+    """The box of the upright image, resized: uint8 [size, size, 3], upright.
+
+    The box snaps to whole pixels of the image as decoded, at most half a pixel of 1 / decode_gap of the result's, as
+    torchvision's crop snaps to those of the full image: for boxes of whole pixels torch has an antialiased bicubic
+    resize in integers, four to five times as fast as Pillow's and equal to it within rounding.
+    """
+    factor = dct_factor(header, box, size, config.decode_gap)
+    left, top, right, bottom = snapped(header, box, factor)
+    pixels = decode_pixels(data, header, factor, config.background)[top:bottom, left:right]
+    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last
+    resized = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
+    return header.upright(resized[0].permute(1, 2, 0).numpy())
+
+
+def dct_factor(header: Header, box: Box, size: int, gap: float) -> int:
+    """How many times smaller the image may be decoded so that the box keeps gap * size pixels in both directions."""
+    shorter = min(box[2] - box[0], box[3] - box[1])
+    if header.dct:
+        for factor in DCT_FACTORS:
+            if shorter >= factor * gap * size:
+                return factor
+    return 1
+
+
+def snapped(header: Header, box: Box, factor: int) -> tuple[int, int, int, int]:
+    """The box, of the upright image, in whole pixels of the stored image decoded `factor` times smaller."""
+    ends = []
+    stored = [edge / factor for edge in header.as_stored(box)]
+    for first, last, length in ((stored[0], stored[2], header.width), (stored[1], stored[3], header.height)):
+        whole = max(1, length // factor)  # a last pixel that is not all image is left out
+        extent = min(max(1, round(last - first)), whole)
+        start = min(round(first), whole - extent)
+        ends.append((start, start + extent))
+    (left, right), (top, bottom) = ends
+    return left, top, right, bottom
+
+
+def evaluation_image(data: bytes, size: int, config: ImageConfig) -> np.ndarray:
     """The centre crop of the image resized so that its shorter side is `size`: uint8 [3, size, size].
 
-    Crop and resize are one antialiased bicubic step, on the square in the middle of the original.
+    Crop and resize are one antialiased bicubic step on the square in the very middle, fractions of a pixel kept.
+    Raises ImageError for what cannot be decoded or is over a limit.
     """
-    side = min(image.width, image.height)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+    header = read_header(data, config.max_pixels, config.max_bytes)
+    side = min(header.width, header.height)
+    left, top = (header.width - side) / 2, (header.height - side) / 2
     box = (left, top, left + side, top + side)
-    return _channels_first(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    factor = dct_factor(header, box, size, config.decode_gap)
+    pixels = decode_pixels(data, header, factor, config.background)
+    left, top, right, bottom = (edge / factor for edge in box)
+    square = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    return _channels_first(header.upright(np.asarray(square)))
+
+
+def vary(pixels: np.ndarray, config: ImageConfig, random: Callable[[str], np.random.Generator]) -> np.ndarray:
+    """Pixels [H, W, 3] jittered and mirrored as the configuration asks: uint8 [3, H, W]."""
+    if config.colour_jitter:
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        pixels = np.asarray(jitter(image, config.colour_jitter, random("jitter")))
+    if config.flip_probability and random("flip").random() < config.flip_probability:
+        pixels = pixels[:, ::-1]
+    return _channels_first(pixels)
 
 
 def random_crop_box(
@@ -148,5 +178,5 @@ def jitter(image: Image.Image, strength: float, random: np.random.Generator) -> 
     return image
 
 
-def _channels_first(image: Image.Image) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # [H, W, 3] -> [3, H, W]
+def _channels_first(pixels: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # [H, W, 3] -> [3, H, W]
