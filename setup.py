@@ -12,10 +12,12 @@ setup(
     package_data={"mmpt.evals": ["*.html"]},
     install_requires=[
         "torch>=2.13",
+        "braceexpand",
         "deepspeed>=0.19.6",
         "fsspec",
         "matplotlib",
         "numpy",
+        "obstore",
         "pillow",
         "pyarrow",
         "pyyaml",
@@ -26,8 +28,9 @@ setup(
         "tensorboard",
         "tokenizers",
         "transformers",
+        "urllib3",
         "webdataset",
     ],
-    extras_require={"dev": ["hypothesis", "pyright", "pytest", "ruff", "scipy"]},
+    extras_require={"dev": ["flask", "flask-cors", "hypothesis", "moto", "pyright", "pytest", "ruff", "scipy"]},
     entry_points={"console_scripts": ["mmpt=mmpt.cli:main", "mmpt-data=data_tools.__main__:main"]},
 )
