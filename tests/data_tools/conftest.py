@@ -1,0 +1,3 @@
+from tests.data.conftest import inputs, tokenizer
+
+__all__ = ["inputs", "tokenizer"]
