@@ -8,6 +8,8 @@ from collections.abc import Sequence
 VERBS = {
     "pack": "write images and a table of captions as tar shards",
     "index": "scan tar shards, refuse damaged ones, and write the manifest that training reads",
+    "verify": "read every byte of every shard, decode every image, and report what is bad",
+    "verify-epoch": "run the ranks of a training dry and prove that they deliver each sample once",
     "tokenizer": "train a tokenizer on the captions of a data set",
     "scenes": "generate a data set of compositional scenes",
 }
@@ -21,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for verb, summary in VERBS.items():
         sub = parsers.add_parser(verb, help=summary, description=summary)
         if argv[:1] == [verb]:  # only the verb that is named is imported
-            module = importlib.import_module(f"data_tools.{verb}")
+            module = importlib.import_module(f"data_tools.{verb.replace('-', '_')}")
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from mmpt import config, dist, failure
+from mmpt import cli_audit, config, dist, failure
 from mmpt.engine.checkpoint import weights
 from mmpt.engine.resume import find_checkpoint
 from mmpt.evals.findings import find, text_table
@@ -40,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = verbs.add_parser("report", help="write report.html and print its tables")
     add_evaluation_arguments(verb)
     verb.add_argument("--title", default="", help="heading of the report [the run directory's name]")
+    cli_audit.add_arguments(verbs.add_parser("audit", help="tell which samples a run has seen, and when"))
     parsed = parser.parse_args(arguments)
-    run = {"recipes": print_recipes, "eval": run_eval, "report": run_report}[parsed.verb]
+    run = {"recipes": print_recipes, "eval": run_eval, "report": run_report, "audit": cli_audit.run}[parsed.verb]
     try:
         run(parsed)
     except (ValueError, OSError, RuntimeError) as error:

@@ -94,6 +94,10 @@ class Manifest:
         """The path or URL of a shard."""
         return storage.join(self.folder, self.names[shard])
 
+    def version(self, shard: int) -> str:
+        """The etag of a shard, or "" where the storage has none."""
+        return self.versions[shard]
+
     def shards_of(self, chunks: np.ndarray) -> np.ndarray:
         """The shard that each chunk is part of: [m] int64 -> [m] int64."""
         return np.searchsorted(self.first_chunks, chunks, side="right") - 1  # of empty shards beginning there the last

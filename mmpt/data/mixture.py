@@ -60,6 +60,13 @@ class Mixture:
         sources = self.pattern[places]
         return sources, periods * np.array(self.weights)[sources] + self.earlier[places]
 
+    def global_positions(self, source: int, own: np.ndarray) -> np.ndarray:
+        """The inverse of `own_positions` for one source: [m] int64 -> [m] int64."""
+        if len(self.orders) == 1:
+            return own
+        periods, nth = np.divmod(own, self.weights[source])
+        return periods * len(self.pattern) + np.flatnonzero(self.pattern == source)[nth]
+
     def epochs(self, position: int) -> tuple[float, ...]:
         """Passes over each source when `position` samples have been delivered."""
         counts = (position // sum(self.weights)) * np.array(self.weights)

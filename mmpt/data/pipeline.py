@@ -14,7 +14,6 @@ import torch
 
 from mmpt.batch import Batch, InputSpec
 from mmpt.data.image import ImageConfig, ImageError, evaluation_image, training_image
-from mmpt.data.manifest import IMAGE_EXTENSIONS
 from mmpt.data.quarantine import BadSample, stand_ins
 from mmpt.data.randomness import generator
 from mmpt.data.reader import RawSample
@@ -82,15 +81,16 @@ def _pair_or_stand_in(
     try:
         return _pair(pipeline, sample, fields, epoch, position)
     except ValueError as error:
-        first = error
-        bad.append(BadSample(sample.shard, sample.key, sample.offset, _reason(error), position))
+        reason = " ".join(str(error).split())
     for index in stand_ins(reader.chunk_length(chunk), int(work.indices[i]), pipeline.seed, epoch, position):
         (other,) = reader.read(np.array([chunk]), np.array([index]))
         try:
-            return _pair(pipeline, other, fields, epoch, position)
+            pair = _pair(pipeline, other, fields, epoch, position)
         except ValueError:
             continue  # it has, or gets, its own note when its own turn comes
-    raise ValueError(f"{sample.shard}: sample {sample.key!r}: {_reason(first)}; nor is any other of its chunk usable")
+        bad.append(BadSample(sample.shard, sample.key, sample.offset, reason, position, other.key))
+        return pair
+    raise ValueError(f"{sample.shard}: sample {sample.key!r}: {reason}; nor is any other of its chunk usable")
 
 
 def _pair(pipeline: Pipeline, raw: RawSample, fields: CaptionFields, epoch: int, position: int) -> _Pair:
@@ -98,12 +98,8 @@ def _pair(pipeline: Pipeline, raw: RawSample, fields: CaptionFields, epoch: int,
     random = partial(generator, pipeline.seed, epoch=epoch, position=position)
     draws = random("caption_field").random() if len(fields.names) > 1 else 0.0, random("caption").random()
     caption = draw_caption(raw.files, fields, *draws)
-    image = training_image(image_bytes(raw), pipeline.inputs.image_size, pipeline.image, random)
+    image = training_image(raw.image(), pipeline.inputs.image_size, pipeline.image, random)
     return _Pair(raw.key, image, caption)
-
-
-def _reason(error: ValueError) -> str:
-    return " ".join(str(error).split())
 
 
 def evaluation_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tuple[Batch, list[dict]]:
@@ -151,14 +147,9 @@ def kept_patches(pipeline: Pipeline, keyed: Sequence[tuple[int, int]]) -> torch.
     return torch.from_numpy(np.sort(np.argsort(draws, axis=1, kind="stable")[:, :kept], axis=1))
 
 
-def image_bytes(raw: RawSample) -> bytes:
-    """The file of the one image of a sample: the index has made sure that there is one."""
-    return next(data for extension, data in raw.files.items() if extension in IMAGE_EXTENSIONS)
-
-
 def _evaluation_image(raw: RawSample, pipeline: Pipeline) -> np.ndarray:
     try:
-        return evaluation_image(image_bytes(raw), pipeline.inputs.image_size, pipeline.image)
+        return evaluation_image(raw.image(), pipeline.inputs.image_size, pipeline.image)
     except ImageError as error:
         raise _about(raw, error) from error
 

@@ -23,13 +23,15 @@ ALWAYS_ALLOWED = 10
 
 
 class BadSample(NamedTuple):
-    """A sample that could not be used: where it lies (shard, key, first byte), why, and at which position it came."""
+    """A sample that could not be used: where it lies (shard, key, first byte), why, at which position it came, and the
+    key of the sample of the same shard that stood in for it there."""
 
     shard: str
     key: str
     offset: int
     reason: str
     position: int
+    stand_in: str
 
 
 def stand_ins(count: int, index: int, seed: int, epoch: int, position: int) -> list[int]:
@@ -62,21 +64,22 @@ def merge(run_dir: Path) -> int:
     times it came. Returns the number of samples. Written at once or not at all; nothing is written for none."""
     first: dict[tuple[str, str], dict] = {}
     positions: dict[tuple[str, str], set[int]] = {}
-    for row in _rows(sorted((run_dir / FOLDER).glob("rank-*.jsonl"))):
+    for row in rows_of(run_dir):
         sample = (row["shard"], row["key"])
         positions.setdefault(sample, set()).add(row["position"])  # a resumed run may meet a position again
         if sample not in first or row["position"] < first[sample]["position"]:
             first[sample] = row
     if first:
-        rows = [row | {"times": len(positions[sample])} for sample, row in sorted(first.items())]
+        rows = [{**first[sample], "times": len(positions[sample])} for sample in sorted(first)]
         temporary = run_dir / f"{FILE_NAME}.{os.getpid()}.tmp"
         parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
         temporary.replace(run_dir / FILE_NAME)
     return len(first)
 
 
-def _rows(ledgers: Iterable[Path]) -> Iterable[dict]:
-    for path in ledgers:
+def rows_of(run_dir: Path) -> Iterable[dict]:
+    """All rows of the ledgers of all ranks, a dictionary with the fields of BadSample each."""
+    for path in sorted((run_dir / FOLDER).glob("rank-*.jsonl")):
         for line in filter(None, path.read_text().splitlines()):
             try:
                 yield json.loads(line)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmpt.data import storage
-from mmpt.data.manifest import Manifest
+from mmpt.data.manifest import IMAGE_EXTENSIONS, Manifest
 from mmpt.data.tar import REINDEX, Extent, ShardError, read_extents
 
 
@@ -17,6 +17,10 @@ class RawSample(NamedTuple):
     key: str
     offset: int
     files: dict[str, bytes]
+
+    def image(self) -> bytes:
+        """The file of its one image: the index has made sure that there is one."""
+        return next(data for extension, data in self.files.items() if extension in IMAGE_EXTENSIONS)
 
 
 class Reader:
@@ -46,6 +50,12 @@ class Reader:
             except OSError as error:
                 raise ShardError(place, 0, f"it cannot be read ({error})", REINDEX) from error
         return samples  # type: ignore[return-value]
+
+    def extents(self, chunk: int) -> tuple[str, list[Extent]]:
+        """(the shard's place, where the samples of a chunk lie), without reading their files."""
+        place = self.manifest.place(int(self.manifest.shards_of(np.array([chunk]))[0]))
+        with storage.open_bytes(place) as file:
+            return place, self._extents_of(chunk, file, place)
 
     def _extents_of(self, k: int, file: storage.ByteFile, place: str) -> list[Extent]:
         """Where the samples of a chunk lie that are part of the data set."""

@@ -29,6 +29,10 @@ class KeyFilter(NamedTuple):
     within: Callable[[str, str], frozenset[str] | None]
     without: frozenset[str]
 
+    def of_shard(self, folder: str, name: str) -> Callable[[str], bool]:
+        within = self.within(folder, name)
+        return lambda key: (within is None or key in within) and key not in self.without
+
 
 class Scan(NamedTuple):
     """What one shard holds: its samples, the first byte of each (or of the first alone, where no other is known), a
@@ -133,9 +137,9 @@ def _cut(scan: Scan, chunk_samples: int) -> _Chunks:
 
 def scan_shard(task: Task) -> Scan:
     """What one shard holds, from where the task says. Raises ShardError for damage, ValueError for no such file."""
-    if task.source == "headers":
-        return _read_headers(task)
     place = storage.join(task.folder, task.file.name)
+    if task.source == "headers":
+        return read_headers(task.file, place, task.keep and task.keep.of_shard(task.folder, task.file.name))
     if task.source == "offsets" and task.keep is None:
         starts = read_offsets(f"{place}.idx", task.file.size)
         return Scan(len(starts), starts, np.zeros(16, np.uint8), None)
@@ -145,19 +149,16 @@ def scan_shard(task: Task) -> Scan:
     return Scan(count, np.zeros(min(count, 1), np.int64), np.zeros(16, np.uint8), None)
 
 
-def _read_headers(task: Task) -> Scan:
-    place = storage.join(task.folder, task.file.name)
+def read_headers(file: ListedFile, place: str, keep: Callable[[str], bool] | None = None) -> Scan:
+    """Read every header of a shard. Raises ShardError for any damage and for a sample without its one image."""
     digest, starts, keys = hashlib.blake2b(digest_size=16), [], []
-    with storage.open_bytes(place, task.file.version) as file:
-        for extent in read_extents(file, place, 0, task.file.size, to_end=True):
+    with storage.open_bytes(place, file.version) as data:
+        for extent in read_extents(data, place, 0, file.size, to_end=True):
             image_of(extent, place)
             digest.update(repr(extent).encode())
             starts.append(extent.start)
             keys.append(extent.key)
-    kept = None
-    if task.keep is not None:
-        within, without = task.keep.within(task.folder, task.file.name), task.keep.without
-        kept = np.array([(within is None or key in within) and key not in without for key in keys], dtype=bool)
+    kept = None if keep is None else np.array([keep(key) for key in keys], dtype=bool)
     return Scan(len(keys), np.array(starts, np.int64), np.frombuffer(digest.digest(), np.uint8), kept)
 
 

@@ -14,6 +14,7 @@ from mmpt.data.mixture import Mixture, smallest_weights
 from mmpt.data.order import Order
 from mmpt.data.permutation import hash_key
 from mmpt.data.reader import RawSample, Reader
+from mmpt.data.tar import Extent
 from mmpt.data.text import CaptionFields, caption_fields
 
 SEPARATOR = "::"
@@ -92,7 +93,17 @@ class SourceReader:
                 out[i] = sample
         return out  # type: ignore[return-value]
 
+    def extents(self, chunk: int) -> tuple[str, list[Extent]]:
+        """(the shard's place, where the samples of a chunk lie), without reading their files."""
+        source, own = self._own(chunk)
+        return self._readers[source].extents(own)
+
     def chunk_length(self, chunk: int) -> int:
         """Samples of a chunk."""
+        source, own = self._own(chunk)
+        return int(self._sources.manifests[source].chunk_lengths[own])
+
+    def _own(self, chunk: int) -> tuple[int, int]:
+        """(the chunk's source, its index among that source's chunks)"""
         source = int(self._sources.source_of(np.array([chunk]))[0])
-        return int(self._sources.manifests[source].chunk_lengths[chunk - int(self._sources.first_chunks[source])])
+        return source, chunk - int(self._sources.first_chunks[source])

@@ -206,11 +206,12 @@ def test_an_undecodable_image_is_replaced_and_noted(
     intact, alone = global_batches(config, inputs, 9), global_batches(replace(broken, workers=workers), inputs, 9)
     for a, b in zip(alone, global_batches(broken, inputs, 9, world_size=4), strict=True):
         assert_same(a, b)
-    replaced = 0
+    replaced, stood_in = 0, []
     for a, b in zip(intact, alone, strict=True):
         for i, key in enumerate(a.keys):
             if key == "000048":
                 replaced += 1
+                stood_in.append(b.keys[i])
                 assert b.keys[i] in {"000045", "000046", "000047", "000049"}, "of the same chunk"
             else:
                 assert b.keys[i] == key and torch.equal(a.images[i], b.images[i])
@@ -221,6 +222,7 @@ def test_an_undecodable_image_is_replaced_and_noted(
         next(loader)
     noted = loader.take_quarantined()
     loader.close()
+    assert [row.stand_in for row in noted] == stood_in
     assert len(noted) == replaced and loader.take_quarantined() == []
     assert {(Path(row.shard).name, row.key) for row in noted} == {("00002.tar", "000048")}
     assert all("cannot be decoded" in row.reason and row.offset % 512 == 0 and row.offset > 0 for row in noted)

@@ -7,7 +7,7 @@ from mmpt.data.quarantine import FILE_NAME, BadSample, append, check_rate, merge
 
 
 def bad(key: str, position: int) -> BadSample:
-    return BadSample("a/0.tar", key, 512, "cannot be decoded", position)
+    return BadSample("a/0.tar", key, 512, "cannot be decoded", position, "other")
 
 
 def test_stand_ins_are_all_the_others_in_an_order_of_their_own():

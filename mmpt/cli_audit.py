@@ -1,0 +1,58 @@
+"""`mmpt audit RUN_DIR`: which samples a run has seen, and whether and when it has seen given ones."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmpt import config
+from mmpt.data.audit import exposures, seen, stand_ins_of
+from mmpt.data.loader import open_sources
+from mmpt.engine.resume import find_checkpoint
+from mmpt.recipe import Recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory")
+    parser.add_argument(
+        "--steps", default="", metavar="A:B", help="steps A + 1 to B, as 0:1000 for the first thousand [all so far]"
+    )
+    parser.add_argument(
+        "--takedown", type=Path, metavar="FILE", help="a list of keys, one per line: tell which were seen, and when"
+    )
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Print a table with tabs. Without --takedown: step, position, epoch, shard, key of every sample."""
+    recipe_file = parsed.run_dir / "recipe.yaml"
+    if not recipe_file.is_file():
+        raise ValueError(f"{parsed.run_dir} is not a run directory: it has no recipe.yaml")
+    recipe = config.load_yaml(Recipe, recipe_file)
+    _, checkpoint, passed_over = find_checkpoint(parsed.run_dir)
+    for reason in passed_over:
+        print(f"passed over {reason}", file=sys.stderr)
+    batch = recipe.run.global_batch
+    first, last = parse_steps(parsed.steps, checkpoint.step)
+    sources, mixture = open_sources(recipe.data, recipe.run.seed, check_shards=True)
+    stood_in = stand_ins_of(parsed.run_dir)
+    if parsed.takedown is None:
+        print("step\tposition\tepoch\tshard\tkey")
+        for sample in seen(sources, mixture, first * batch, last * batch, stood_in):
+            print(sample.position // batch + 1, *sample, sep="\t")
+        return
+    wanted = frozenset(line.strip() for line in parsed.takedown.read_text().splitlines() if line.strip())
+    print("key\ttimes_seen\tsteps\tshard")
+    found = set()
+    for exposure in exposures(sources, mixture, wanted, last * batch, stood_in):
+        found.add(exposure.key)
+        steps = [step for position in exposure.positions if (step := position // batch + 1) > first]
+        print(exposure.key, len(steps), ",".join(map(str, steps)) or "never", exposure.shard, sep="\t")
+    for key in sorted(wanted - found):
+        print(key, 0, "not in the data", "-", sep="\t")
+
+
+def parse_steps(text: str, newest: int) -> tuple[int, int]:
+    """`A:B` -> (A, B); nothing -> (0, newest). ValueError unless 0 <= A <= B <= newest."""
+    first, colon, last = text.partition(":") if text else ("0", ":", str(newest))
+    if not colon or not first.isdecimal() or not last.isdecimal() or not int(first) <= int(last) <= newest:
+        raise ValueError(f"--steps wants A:B with A <= B <= {newest}, the newest checkpoint's step; got {text!r}")
+    return int(first), int(last)
