@@ -8,11 +8,13 @@ from mmpt.data.loader import DataConfig, build_loader
 from mmpt.data.manifest import load_manifest
 
 
-def index_and_load(folder: Path, tokenizer: str, inputs: InputSpec, batch: int = 4) -> list[str]:
+def index_and_load(
+    folder: Path, tokenizer: str, inputs: InputSpec, batch: int = 4, caption_field: str = "txt"
+) -> list[str]:
     """`mmpt-data index`, then the keys of one epoch in the order of delivery, one process for all batches."""
     main(["index", str(folder)])
     samples = load_manifest(str(folder)).samples
-    config = DataConfig(shards=str(folder), tokenizer=tokenizer, workers=0)
+    config = DataConfig(shards=str(folder), tokenizer=tokenizer, caption_field=caption_field, workers=0)
     loader = build_loader(config, inputs, seed=0, global_batch=batch, rank=0, world_size=1)
     keys: list[str] = []
     try:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from data_tools.__main__ import main
+from mmpt.batch import InputSpec
 from tests.data.shards import picture
+from tests.data_tools.delivery import index_and_load
 from tests.data_tools.layouts import failure, pack, write_images
 from tests.data_tools.readback import read_back
 
@@ -153,7 +155,7 @@ def test_nlvr(tmp_path: Path, inside: str):
     )
 
 
-def test_nlvr2_has_two_images_in_a_sample(tmp_path: Path):
+def test_nlvr2_has_two_images_in_a_sample(tmp_path: Path, tokenizer: str, inputs: InputSpec):
     train, dev = "images/train/7/train-10171-0-img", "dev/dev-850-0-img"
     names = [f"{train}0.png", f"{train}1.png", f"{dev}0.png", f"{dev}1.png"]
     kinds = ["png", "jpg", "jpg", "webp"]  # whatever they are called: some of the published ones are not PNG
@@ -179,6 +181,9 @@ def test_nlvr2_has_two_images_in_a_sample(tmp_path: Path):
     assert [sample["json"]["label"] for sample in found] == [False, True, True]
     assert [sample["json"]["split"] for sample in found] == ["train", "train", "dev"]
     assert (found[2]["json"]["sentence"], found[2]["json"]["synset"]) == ("About dev-850-0-0 .", "beer bottle")
+
+    delivered = index_and_load(tmp_path / "out", tokenizer, inputs, batch=3, caption_field="sentence")
+    assert sorted(delivered) == ["000000000", "000000001", "000000002"]
 
     pack(tmp_path, "nlvr2", tmp_path / "train.json", "--resize", "25", out="small")
     assert read_back(tmp_path / "small")[0]["json"]["right_height"] == 25
