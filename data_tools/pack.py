@@ -9,15 +9,16 @@ whose first group, found in the image's name, says what the image is a variant o
 
 import argparse
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data_tools.index import index
 from data_tools.layouts import LAYOUTS, read_layout
-from data_tools.pack_pair import pack_pair
 from data_tools.pack_shards import SUCCESS, ShardWriter
 from data_tools.pack_sources import ImageSource, Pair, open_images, read_pairs
+from data_tools.pack_workers import pack_pairs
 
 SHOWN_FAILURES = 5
 
@@ -36,13 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--caption-separator", metavar="TEXT", help="splits a cell into several captions")
     add("--samples-per-shard", type=int, default=10_000, metavar="N", help="rows per shard [10000]")
     add("--resize", type=int, metavar="PIXELS", help="shrink images whose shorter side is longer than this")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that decode [all cores]")
     add("--validation-fraction", type=float, default=0.0, metavar="F", help="share of groups put in OUT/validation [0]")
     add("--split-group", metavar="REGEX", help="first group: what an image is a variant of [the whole name]")
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.samples_per_shard < 1 or not 0 <= args.validation_fraction < 1 or (args.resize or 1) < 1:
-        raise ValueError("--samples-per-shard and --resize must be at least 1, --validation-fraction in [0, 1)")
+    if min(args.samples_per_shard, args.workers, 1 if args.resize is None else args.resize) < 1:
+        raise ValueError("--samples-per-shard, --resize and --workers must be at least 1")
+    if not 0 <= args.validation_fraction < 1:
+        raise ValueError(f"--validation-fraction in [0, 1) is wanted, got {args.validation_fraction}")
     allowed = (0.0 if args.layout else 1.0) if args.missing_at_most is None else args.missing_at_most
     if not 0 <= allowed <= 1:
         raise ValueError(f"--missing-at-most must be in [0, 1], got {allowed}")
@@ -74,11 +78,10 @@ def _write(pairs: Iterable[Pair], images: ImageSource, args: argparse.Namespace,
     writers: dict[str, ShardWriter] = {}
     total, left_out, shown = 0, 0, []
     try:
-        for pair in pairs:
+        for pair, packed in pack_pairs(pairs, images, args.resize, args.workers):
             side = side_of(pair.image)
             if side not in writers:
                 writers[side] = ShardWriter(args.out / side, args.samples_per_shard)
-            packed = pack_pair(pair, images, args.resize)
             writers[side].add(packed)
             total += 1
             if packed.status != SUCCESS:

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from data_tools.__main__ import main
+from data_tools.pack_workers import WORTH_PROCESSES
 from mmpt.data.image import decode
 from mmpt.data.manifest import FILE_NAME, load_manifest
 from tests.data.shards import caption, picture
@@ -231,3 +233,36 @@ def test_the_emoji_pairs(tmp_path: Path):
     bases = {side: {name.split("_")[1].partition(".")[0] for name in sources} for side, sources in sides.items()}
     assert not bases["train"] & bases["validation"]
     assert 0.1 < len(sides["validation"]) / 3543 < 0.2
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path: Path):
+    """Enough pairs for processes to be worth it, a missing and a broken image among them."""
+    images = tmp_path / "images"
+    images.mkdir()
+    rows = [{"image": f"{i}.jpg", "caption": caption(i)} for i in range(WORTH_PROCESSES + 70)]
+    for i, row in enumerate(rows):
+        if i not in (40, 500, WORTH_PROCESSES + 5):
+            (images / row["image"]).write_bytes(picture(i % 50))
+    (images / "500.jpg").write_bytes(b"<html>")
+    table = write_table(tmp_path / "c.csv", rows)
+    for workers in ("1", "3"):
+        arguments = [str(images), str(table), str(tmp_path / workers), "--samples-per-shard", "200"]
+        main(["pack", *arguments, "--workers", workers])
+    files = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len(files) == 10
+    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes() for name in files)
+    assert len(samples(tmp_path / "3")) == len(rows) - 3
+
+
+def test_a_packing_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    images = tmp_path / "images"
+    images.mkdir()
+    rows = [{"image": f"{i}.jpg", "caption": "x"} for i in range(WORTH_PROCESSES)]
+    table = write_table(tmp_path / "c.csv", rows)
+    monkeypatch.setattr("data_tools.pack_workers._pack_chunk", die)
+    arguments = ["pack", str(images), str(table), str(tmp_path / "out"), "--workers", "2"]
+    assert "a packing process died" in run(arguments)
+
+
+def die(*arguments: object) -> None:
+    os._exit(9)
