@@ -70,6 +70,8 @@ def train(recipe: Recipe) -> None:
     writers = Writers(run_dir, progress.step, recipe.total_steps())
     with closing(loader), closing(writers):
         same_data(progress, loader.fingerprint, run_dir)
+        if not loader.exactly_once:
+            notes.append("data.stream: exactly-once is off, samples are drawn with replacement and anew on every start")
         for note in notes:
             writers.say(note)
         writers.text("recipe", (run_dir / "recipe.yaml").read_text(), progress.step)
@@ -149,7 +151,7 @@ def advance(progress: Progress, applied: bool, data_state: int, max_consecutive_
 
 def epochs(passes: tuple[float, ...]) -> dict[str, float]:
     """Passes over the data, and over each source where there are several."""
-    return {"epoch": passes[0]} if len(passes) == 1 else {f"epoch/source_{i}": n for i, n in enumerate(passes)}
+    return {"epoch" if len(passes) == 1 else f"epoch/source_{i}": n for i, n in enumerate(passes)}
 
 
 def due(step: int, every_steps: int) -> bool:

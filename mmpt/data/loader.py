@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from mmpt.data.mixture import Mixture, batch_positions, place_of
 from mmpt.data.pipeline import Pipeline, Work
 from mmpt.data.quarantine import BadSample, check_rate
 from mmpt.data.sources import SEPARATOR, Sources, captions_per_source, split_sources
+from mmpt.data.stream import StreamMaker, stream_urls
 from mmpt.data.text import TEXT_LINES, check_vocabulary, load_tokenizer
+from mmpt.data.workers import BatchMaker
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class DataConfig:
     weights: tuple[int, ...] = ()
     """Integer proportions of the sources, one for each, which then run through epochs of their own: `3,1` draws three
     samples of the first to one of the second, exact to one sample at any time."""
+    stream: str = ""
+    """In place of `shards`, sources without counts, read best-effort by the webdataset library: its URLs, with {0..9}
+    and `::`. Exactly-once and resuming at a sample are then off: shards are drawn with replacement for ever."""
+    allow_shell: bool = False
+    """Let `stream` name what webdataset opens with a shell command: `pipe:`, and every URL with a scheme."""
     workers: int = 1
     """Processes per rank that read and decode; 0 does it in the training process. Never changes what is delivered."""
     lanes: int = 64
@@ -58,21 +65,24 @@ class DataConfig:
 
 
 class Loader:
-    """An endless iterator over this rank's part of each global batch; see `build_loader`."""
+    """An endless iterator over this rank's part of each global batch; see `build_loader`.
+
+    batches: (batch, its bad samples), one after another. mixture: the order they follow; None where there is none.
+    """
 
     def __init__(
-        self, config: DataConfig, pipeline: Pipeline, mixture: Mixture, global_batch: int, rank: int, world_size: int,
-        start: int,
+        self, batches: Iterator[Any], mixture: Mixture | None, fingerprint: str, global_batch: int, start: int,
+        max_quarantined_share: float,
     ):  # fmt: skip
         self.state = start
         """Samples delivered so far, all ranks together, since the beginning of the run."""
-        self.fingerprint = _fingerprint(pipeline.sources, mixture)
+        self.fingerprint = fingerprint
         """Changes when anything does that gives the state another meaning: data, weights, seed, lanes, window."""
-        self._mixture, self._global_batch, self._config = mixture, global_batch, config
+        self.exactly_once = mixture is not None
+        """Whether each epoch holds each sample once, and a run that stopped goes on with the next sample."""
+        self._batches, self._mixture, self._global_batch = batches, mixture, global_batch
+        self._max_quarantined_share = max_quarantined_share
         self._delivered, self._bad, self._quarantined = 0, 0, list[BadSample]()
-        batch_positions(mixture, start, global_batch, rank, world_size)  # the checks, before any process starts
-        work = _training_work(mixture, start, global_batch, rank, world_size)
-        self._batches = workers.start(pipeline, work, config.workers, evaluation=False)
 
     def __iter__(self) -> Self:
         return self
@@ -85,13 +95,13 @@ class Loader:
         if bad:
             self._bad += len(bad)
             self._quarantined += bad
-            check_rate(self._bad, self._delivered, self._config.max_quarantined_share, bad[-1])
+            check_rate(self._bad, self._delivered, self._max_quarantined_share, bad[-1])
         return batch
 
     @property
     def epochs(self) -> tuple[float, ...]:
-        """Passes so far over the data, or over each source where they are weighted."""
-        return self._mixture.epochs(self.state)
+        """Passes so far over the data, or over each source where they are weighted; none over a stream."""
+        return self._mixture.epochs(self.state) if self._mixture else ()
 
     def take_quarantined(self) -> list[BadSample]:
         """Samples that could not be used in this rank's batches since the last call."""
@@ -117,8 +127,30 @@ def build_loader(
     world size. Rank 0 checks that the shards are those of the manifest.
     Raises ValueError for anything amiss in the configuration, the manifest, the shards or the tokenizer.
     """
+    if config.stream:
+        return _stream_loader(config, inputs, seed, global_batch, rank, world_size, start)
     sources, mixture = open_sources(config, seed, check_shards=rank == 0)
-    return Loader(config, _pipeline(config, sources, inputs, seed), mixture, global_batch, rank, world_size, start)
+    batch_positions(mixture, start, global_batch, rank, world_size)  # the checks, before any process starts
+    pipeline = _pipeline(config, sources, inputs, seed)
+    work = _training_work(mixture, start, global_batch, rank, world_size)
+    batches = workers.start(BatchMaker(pipeline, evaluation=False), work, config.workers)
+    fingerprint = _fingerprint(sources, mixture)
+    return Loader(batches, mixture, fingerprint, global_batch, start, config.max_quarantined_share)
+
+
+def _stream_loader(
+    config: DataConfig, inputs: InputSpec, seed: int, global_batch: int, rank: int, world_size: int, start: int
+) -> Loader:
+    if config.shards or config.weights:
+        raise ValueError("data.stream takes the place of data.shards and data.weights: give the one or the others")
+    if global_batch % world_size:
+        raise ValueError(f"the world size ({world_size}) must divide the global batch ({global_batch})")
+    urls = stream_urls(config.stream, config.allow_shell)
+    pipeline = _pipeline(config, Sources((), captions_per_source(config.caption_field, 1)), inputs, seed)
+    maker = StreamMaker(pipeline, urls, global_batch, rank, world_size, start)
+    fingerprint = hashlib.sha256(f"stream {config.stream}".encode()).hexdigest()
+    batches = workers.start(maker, None, config.workers)
+    return Loader(batches, None, fingerprint, global_batch, start, config.max_quarantined_share)
 
 
 def open_sources(config: DataConfig, seed: int, check_shards: bool) -> tuple[Sources, Mixture]:
@@ -167,7 +199,7 @@ def eval_batches(
     sources = Sources((manifest,), captions_per_source(caption_field.split(SEPARATOR)[0], 1))
     pipeline = _pipeline(config, sources, inputs, seed=0)
     work = _evaluation_work(manifest, rank, world_size, batch)
-    made = workers.start(pipeline, work, config.workers, evaluation=True)
+    made = workers.start(BatchMaker(pipeline, evaluation=True), work, config.workers)
     try:
         for _ in work:
             yield workers.take(made)

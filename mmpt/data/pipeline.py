@@ -44,7 +44,7 @@ class Work(NamedTuple):
     indices: np.ndarray
 
 
-class _Pair(NamedTuple):
+class Pair(NamedTuple):
     """One image and one caption, ready to be stacked and tokenised."""
 
     key: str
@@ -57,35 +57,37 @@ def training_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tupl
 
     Raises ShardError for a shard that cannot be trusted, ValueError for a chunk without one usable sample.
     """
-    pairs, bad = [], []
+    bad: list[BadSample] = []
     raw = reader.read(work.chunks, work.indices)
-    for i, sample in enumerate(raw):
-        pairs.append(_pair_or_stand_in(pipeline, reader, work, i, sample, bad))
-    keyed = list(zip(work.epochs.tolist(), work.positions.tolist(), strict=True))
-    batch = Batch(
+    pairs = [_pair_or_stand_in(pipeline, reader, work, i, sample, bad) for i, sample in enumerate(raw)]
+    return assemble(pipeline, pairs, work.epochs, work.positions), bad
+
+
+def assemble(pipeline: Pipeline, pairs: Sequence[Pair], epochs: np.ndarray, positions: np.ndarray) -> Batch:
+    """Stack, tokenise and pack B pairs. epochs, positions: [B] int64, what keyed their random choices."""
+    return Batch(
         images=torch.from_numpy(np.stack([pair.image for pair in pairs])),  # [B, 3, H, W]
         text=tokenise(pipeline.tokenizer, [pair.caption for pair in pairs], pipeline.inputs),
-        positions=torch.from_numpy(work.positions.copy()),
-        kept_patches=kept_patches(pipeline, keyed),
+        positions=torch.from_numpy(positions.copy()),
+        kept_patches=kept_patches(pipeline, list(zip(epochs.tolist(), positions.tolist(), strict=True))),
         keys=tuple(pair.key for pair in pairs),
     )
-    return batch, bad
 
 
 def _pair_or_stand_in(
     pipeline: Pipeline, reader: SourceReader, work: Work, i: int, sample: RawSample, bad: list[BadSample]
-) -> _Pair:
+) -> Pair:
     """The pair for slot i of the batch; where its sample is bad, a note of it and the first usable stand-in."""
     chunk, epoch, position = int(work.chunks[i]), int(work.epochs[i]), int(work.positions[i])
     fields = pipeline.sources.caption_fields_of(chunk)
     try:
-        return _pair(pipeline, sample, fields, epoch, position)
+        return make_pair(pipeline, sample, fields, epoch, position)
     except ValueError as error:
         reason = " ".join(str(error).split())
     for index in stand_ins(reader.chunk_length(chunk), int(work.indices[i]), pipeline.seed, epoch, position):
         (other,) = reader.read(np.array([chunk]), np.array([index]))
         try:
-            pair = _pair(pipeline, other, fields, epoch, position)
+            pair = make_pair(pipeline, other, fields, epoch, position)
         except ValueError:
             continue  # it has, or gets, its own note when its own turn comes
         bad.append(BadSample(sample.shard, sample.key, sample.offset, reason, position, other.key))
@@ -93,13 +95,13 @@ def _pair_or_stand_in(
     raise ValueError(f"{sample.shard}: sample {sample.key!r}: {reason}; nor is any other of its chunk usable")
 
 
-def _pair(pipeline: Pipeline, raw: RawSample, fields: CaptionFields, epoch: int, position: int) -> _Pair:
+def make_pair(pipeline: Pipeline, raw: RawSample, fields: CaptionFields, epoch: int, position: int) -> Pair:
     """Raises ValueError for an image or a caption that cannot be used."""
     random = partial(generator, pipeline.seed, epoch=epoch, position=position)
     draws = random("caption_field").random() if len(fields.names) > 1 else 0.0, random("caption").random()
     caption = draw_caption(raw.files, fields, *draws)
     image = training_image(raw.image(), pipeline.inputs.image_size, pipeline.image, random)
-    return _Pair(raw.key, image, caption)
+    return Pair(raw.key, image, caption)
 
 
 def evaluation_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tuple[Batch, list[dict]]:

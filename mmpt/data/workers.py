@@ -17,7 +17,7 @@ from mmpt.data.tar import ShardError
 BATCHES_AHEAD_PER_WORKER = 2
 
 
-class _Maker(Dataset):
+class BatchMaker(Dataset):
     """Makes the batch for a piece of work, in whichever process it is called. An error is a value here."""
 
     def __init__(self, pipeline: Pipeline, evaluation: bool):
@@ -28,21 +28,27 @@ class _Maker(Dataset):
         make = evaluation_batch if self.evaluation else training_batch
         try:
             return make(self.pipeline, self.reader, work)
-        except ShardError as error:
-            return error
         except ValueError as error:
-            return ValueError(str(error))  # some kinds of ValueError would not survive the journey
+            return portable(error)
 
 
-def start(pipeline: Pipeline, work: Iterable[Work], workers: int, evaluation: bool) -> Iterator[Any]:
-    """An iterator over what the maker makes of each piece of work, in order; its workers begin at once."""
+def portable(error: ValueError) -> ValueError:
+    """The error as one that survives the journey to another process; some kinds of ValueError would not."""
+    return error if isinstance(error, ShardError) else ValueError(str(error))
+
+
+def start(maker: Dataset, work: Iterable[Work] | None, workers: int) -> Iterator[Any]:
+    """An iterator over what the maker makes of each piece of work, in order; its workers begin at once.
+
+    work: None where the maker itself is an iterable.
+    """
     context = None
     if workers:
         # A fork of a process that has threads or a CUDA context may deadlock; the fork server has neither.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", "mmpt.data.pipeline", "transformers"])
     loader = DataLoader(
-        _Maker(pipeline, evaluation),
+        maker,
         sampler=work,  # type: ignore[arg-type]  # any iterable of indices will do, and an index may be anything
         batch_size=None,
         num_workers=workers,
