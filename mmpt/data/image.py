@@ -36,9 +36,9 @@ class ImageConfig:
     """Images of more pixels are refused by their header, before any memory is taken."""
     max_bytes: int = 100_000_000
     """Image files of more bytes are refused unread."""
-    decode_gap: float = 2.0
+    decode_gap: float = 1.5
     """JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop then still has this many times the wanted
-    pixels in both directions. 1 is the fastest; 2 keeps every photograph above 30 dB of full decoding."""
+    pixels in both directions. Worst of 400 photographs against full decoding: 29 dB at 1, 35 at 1.5, 41 at 2."""
 
     def __post_init__(self):
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:

@@ -52,6 +52,21 @@ def test_every_orientation_of_every_format(kind: str, orientation: int):
     assert np.abs(array(decoded) - array(upright)).max() <= 1  # two versions of libjpeg
 
 
+def test_orientation_is_found_behind_other_segments_and_in_xmp():
+    image, profile = photo_like(37, 23), bytes(200_000)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'<x:xmpmeta xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"></x:xmpmeta>'
+    late = encode(image, "JPEG", comment=b"\xff\xda" * 9, icc_profile=profile, exif=exif)
+    start = late.index(b"\xff\xe1")
+    segment = late[start : start + 2 + int.from_bytes(late[start + 2 : start + 4], "big")]
+    late = late.replace(segment, b"").replace(b"\xff\xdb", b"\xff" * 3 + segment + b"\xff\xdb", 1)  # after the others
+    for data in (late, encode(image, "JPEG", xmp=xmp, icc_profile=profile)):
+        assert Image.open(io.BytesIO(data)).getexif()[0x0112] == 6
+        assert decode(data, WHITE, MANY).size == (23, 37)
+    assert decode(encode(image, "JPEG", icc_profile=profile), WHITE, MANY).size == (37, 23)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpeg_of_every_colour_space_as_pillow_decodes_it(mode: str):
     data = encode(photo_like(40, 30).convert(mode), "JPEG", quality=90)
