@@ -1,12 +1,18 @@
 """Samples by place: from (chunk, index within the chunk) to the bytes of a sample's files."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import SEEK_END
 from typing import NamedTuple
 
 import numpy as np
 
 from mmpt.data import storage
-from mmpt.data.manifest import IMAGE_EXTENSIONS, Manifest
+from mmpt.data.cache import CacheConfig, ChunkCache, Range
+from mmpt.data.manifest import IMAGE_EXTENSIONS, Chunk, Manifest
+from mmpt.data.remote import RemoteConfig, RemoteError
+from mmpt.data.space import SpaceError
 from mmpt.data.tar import REINDEX, Extent, ShardError, read_extents
 
 
@@ -24,38 +30,66 @@ class RawSample(NamedTuple):
 
 
 class Reader:
-    """Reads samples of one manifest. Remembers where the samples of recently used chunks lie, not their bytes."""
+    """Reads samples of one manifest: of local shards where they lie, of remote ones through the cache of this node.
 
-    def __init__(self, manifest: Manifest, remembered_chunks: int = 4096):
+    Remembers where the samples of recently used chunks lie, not their bytes.
+    """
+
+    def __init__(
+        self, manifest: Manifest, cache: CacheConfig | None = None, remote: RemoteConfig | None = None,
+        remembered_chunks: int = 4096,
+    ):  # fmt: skip
         self.manifest = manifest
+        self._cache = None
+        if not storage.is_local(manifest.folder):
+            self._cache = ChunkCache(cache or CacheConfig(), remote or RemoteConfig())
         self._remembered_chunks = remembered_chunks
         self._extents: OrderedDict[int, list[Extent]] = OrderedDict()
 
     def read(self, chunks: np.ndarray, indices: np.ndarray) -> list[RawSample]:
-        """The samples at these places, in the order given; read shard by shard, front to back.
+        """The samples at these places, in the order given; read chunk by chunk, front to back.
 
-        Raises ShardError when a shard is not what the manifest says.
+        Raises ShardError when a shard is not what the manifest says, or cannot be read.
         """
         samples: list[RawSample | None] = [None] * len(chunks)
-        shards = self.manifest.shards_of(chunks)
-        for shard in np.unique(shards):
-            mine = np.flatnonzero(shards == shard)
-            mine = mine[np.lexsort((indices[mine], chunks[mine]))]
-            place = self.manifest.place(int(shard))
-            try:
-                with storage.open_bytes(place) as file:
-                    for i in mine.tolist():
-                        extent = self._extents_of(int(chunks[i]), file, place)[indices[i]]
-                        samples[i] = RawSample(place, extent.key, extent.start, _files(file, extent, place))
-            except OSError as error:
-                raise ShardError(place, 0, f"it cannot be read ({error})", REINDEX) from error
+        for k in np.unique(chunks).tolist():
+            mine = np.flatnonzero(chunks == k)
+            with self._opened(k) as (file, place):
+                extents = self._extents_of(k, file, place)
+                for i in mine[np.argsort(indices[mine], kind="stable")].tolist():
+                    extent = extents[indices[i]]
+                    samples[i] = RawSample(place, extent.key, extent.start, _files(file, extent, place))
         return samples  # type: ignore[return-value]
 
     def extents(self, chunk: int) -> tuple[str, list[Extent]]:
         """(the shard's place, where the samples of a chunk lie), without reading their files."""
-        place = self.manifest.place(int(self.manifest.shards_of(np.array([chunk]))[0]))
-        with storage.open_bytes(place) as file:
+        with self._opened(chunk) as (file, place):
             return place, self._extents_of(chunk, file, place)
+
+    @contextmanager
+    def _opened(self, k: int) -> Iterator[tuple[storage.ByteFile, str]]:
+        """(a file in which the chunk can be read at its offsets in the shard, the shard's place)"""
+        chunk = self.manifest.chunk(k)
+        place = self.manifest.place(chunk.shard)
+        try:
+            if self._cache is None:
+                with storage.open_bytes(place) as file:
+                    self._check_size(chunk, file.seek(0, SEEK_END), place)
+                    yield file, place
+            else:
+                with self._cache.open(range_of(self.manifest, chunk)) as file:
+                    yield file, place
+        except RemoteError as error:
+            raise ShardError(place, error.offset, error.reason, error.cure) from error
+        except SpaceError as error:
+            raise ShardError(place, chunk.start, str(error), "give data.cache more room") from error
+        except OSError as error:
+            raise ShardError(place, chunk.start, f"it cannot be read ({error})", REINDEX) from error
+
+    def _check_size(self, chunk: Chunk, found: int, place: str) -> None:
+        expected = int(self.manifest.shard_bytes[chunk.shard])
+        if found != expected:
+            raise ShardError(place, min(found, expected), f"{found} bytes where the index has {expected}", REINDEX)
 
     def _extents_of(self, k: int, file: storage.ByteFile, place: str) -> list[Extent]:
         """Where the samples of a chunk lie that are part of the data set."""
@@ -73,6 +107,13 @@ class Reader:
         if len(self._extents) > self._remembered_chunks:
             self._extents.popitem(last=False)
         return extents
+
+
+def range_of(manifest: Manifest, chunk: Chunk) -> Range:
+    """What the cache is asked for by a chunk."""
+    shard = chunk.shard
+    total = int(manifest.shard_bytes[shard])
+    return Range(manifest.place(shard), manifest.versions[shard], chunk.start, chunk.stop, total)
 
 
 def _files(file: storage.ByteFile, extent: Extent, place: str) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import HTTPError, LocationValueError, SSLError, TimeoutError
+from urllib3.exceptions import HTTPError, LocationValueError, NewConnectionError, SSLError, TimeoutError
 
 from mmpt.data.remote import (
     CHECK_PLACE,
@@ -218,7 +218,7 @@ def _retry_after(header: str) -> float:
 
 def _transient(error: Exception, config: RemoteConfig) -> TransientError:
     reason = getattr(error, "reason", None) or error
-    if isinstance(reason, TimeoutError):
+    if isinstance(reason, TimeoutError) and not isinstance(reason, NewConnectionError):
         return TransientError(f"no answer for {config.timeout_seconds:g} s")
     text = " ".join(str(reason).split())
     return TransientError(f"the connection failed ({type(reason).__name__}: {text[:200]})")
