@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     weights = tuple(int(weight) for weight in args.weights.split(",") if weight)
     config = DataConfig(args.shards, weights=weights, lanes=args.lanes, window_chunks=args.window_chunks)
     sources, mixture = open_sources(config, args.seed, check_shards=True)
-    reader = SourceReader(sources) if args.read_keys else None
+    reader = SourceReader(sources, config.cache, config.remote) if args.read_keys else None
     chunk_starts = np.cumsum([0, *(length for m in sources.manifests for length in m.chunk_lengths.tolist())])
     delivered, log = np.zeros(int(chunk_starts[-1]), np.int64), hashlib.sha256()
     steps = 0

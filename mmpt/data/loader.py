@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -9,17 +10,22 @@ from typing import Any, Self
 import numpy as np
 
 from mmpt.batch import Batch, InputSpec
-from mmpt.data import workers
+from mmpt.data import storage, workers
+from mmpt.data.ahead import FetchAhead
 from mmpt.data.benchmark import load_benchmark
+from mmpt.data.cache import CacheConfig, ChunkCache
 from mmpt.data.image import ImageConfig
 from mmpt.data.manifest import Manifest, load_manifest
 from mmpt.data.mixture import Mixture, batch_positions, place_of
 from mmpt.data.pipeline import Pipeline, Work
 from mmpt.data.quarantine import BadSample, check_rate
+from mmpt.data.remote import RemoteConfig
 from mmpt.data.sources import SEPARATOR, Sources, captions_per_source, split_sources
 from mmpt.data.stream import StreamMaker, stream_urls
 from mmpt.data.text import TEXT_LINES, check_vocabulary, load_tokenizer
 from mmpt.data.workers import BatchMaker
+
+MOST_CHUNKS_WAITING = 4096
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,17 @@ class DataConfig:
     max_quarantined_share: float = 0.01
     """The run stops when more than this share of the samples cannot be used. Each such sample is replaced by another of
     its chunk and listed in quarantine.parquet in the run directory."""
+    fetch_ahead_batches: int = 8
+    """Batches whose chunks of remote shards are on their way before a worker needs them."""
     image: ImageConfig = field(default_factory=ImageConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
 
     def __post_init__(self):
-        if self.workers < 0 or self.lanes < 1 or self.window_chunks < 1:
+        if min(self.workers, self.fetch_ahead_batches) < 0 or min(self.lanes, self.window_chunks) < 1:
             raise ValueError(
-                f"workers ({self.workers}) must be 0 or more, lanes ({self.lanes}) and window_chunks "
-                f"({self.window_chunks}) 1 or more"
+                f"workers ({self.workers}) and fetch_ahead_batches ({self.fetch_ahead_batches}) must be 0 or more, "
+                f"lanes ({self.lanes}) and window_chunks ({self.window_chunks}) 1 or more"
             )
         if not 0 <= self.max_quarantined_share <= 1:
             raise ValueError(f"max_quarantined_share wants a share from 0 to 1, got {self.max_quarantined_share}")
@@ -68,11 +78,12 @@ class Loader:
     """An endless iterator over this rank's part of each global batch; see `build_loader`.
 
     batches: (batch, its bad samples), one after another. mixture: the order they follow; None where there is none.
+    ahead: what fetches for them, to be ended with them.
     """
 
     def __init__(
         self, batches: Iterator[Any], mixture: Mixture | None, fingerprint: str, global_batch: int, start: int,
-        max_quarantined_share: float,
+        max_quarantined_share: float, ahead: FetchAhead | None = None,
     ):  # fmt: skip
         self.state = start
         """Samples delivered so far, all ranks together, since the beginning of the run."""
@@ -80,7 +91,7 @@ class Loader:
         """Changes when anything does that gives the state another meaning: data, weights, seed, lanes, window."""
         self.exactly_once = mixture is not None
         """Whether each epoch holds each sample once, and a run that stopped goes on with the next sample."""
-        self._batches, self._mixture, self._global_batch = batches, mixture, global_batch
+        self._batches, self._mixture, self._global_batch, self._ahead = batches, mixture, global_batch, ahead
         self._max_quarantined_share = max_quarantined_share
         self._delivered, self._bad, self._quarantined = 0, 0, list[BadSample]()
 
@@ -114,6 +125,8 @@ class Loader:
 
     def close(self) -> None:
         """End the workers. Safe to call twice."""
+        if self._ahead:
+            self._ahead.close()
         workers.stop(self._batches)
 
 
@@ -132,10 +145,14 @@ def build_loader(
     sources, mixture = open_sources(config, seed, check_shards=rank == 0)
     batch_positions(mixture, start, global_batch, rank, world_size)  # the checks, before any process starts
     pipeline = _pipeline(config, sources, inputs, seed)
-    work = _training_work(mixture, start, global_batch, rank, world_size)
+    work, ahead = _training_work(mixture, start, global_batch, rank, world_size), None
+    if not all(storage.is_local(manifest.folder) for manifest in sources.manifests):
+        cache = ChunkCache(config.cache, config.remote)
+        ahead = FetchAhead(cache, config.remote.connections, most_waiting=MOST_CHUNKS_WAITING)
+        work = _announced(work, config.fetch_ahead_batches, sources, ahead)
     batches = workers.start(BatchMaker(pipeline, evaluation=False), work, config.workers)
     fingerprint = _fingerprint(sources, mixture)
-    return Loader(batches, mixture, fingerprint, global_batch, start, config.max_quarantined_share)
+    return Loader(batches, mixture, fingerprint, global_batch, start, config.max_quarantined_share, ahead)
 
 
 def _stream_loader(
@@ -166,7 +183,7 @@ def open_sources(config: DataConfig, seed: int, check_shards: bool) -> tuple[Sou
 def _pipeline(config: DataConfig, sources: Sources, inputs: InputSpec, seed: int) -> Pipeline:
     tokenizer = load_tokenizer(config.tokenizer)
     check_vocabulary(tokenizer, inputs)
-    return Pipeline(sources, tokenizer, inputs, config.image, seed)
+    return Pipeline(sources, tokenizer, inputs, config.image, config.cache, config.remote, seed)
 
 
 def _fingerprint(sources: Sources, mixture: Mixture) -> str:
@@ -181,6 +198,16 @@ def _training_work(mixture: Mixture, start: int, global_batch: int, rank: int, w
         positions = batch_positions(mixture, start, global_batch, rank, world_size)
         yield Work(positions, *place_of(mixture, positions))
         start += global_batch
+
+
+def _announced(works: Iterator[Work], batches: int, sources: Sources, ahead: FetchAhead) -> Iterator[Work]:
+    """The same works; the chunks of each are fetched from `batches` works before it is due."""
+    waiting: deque[Work] = deque()
+    for work in works:
+        ahead.warm(sources.remote_ranges(work.chunks))
+        waiting.append(work)
+        if len(waiting) > batches:
+            yield waiting.popleft()
 
 
 def eval_batches(

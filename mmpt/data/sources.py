@@ -9,11 +9,14 @@ from functools import cached_property
 
 import numpy as np
 
+from mmpt.data import storage
+from mmpt.data.cache import CacheConfig, Range
 from mmpt.data.manifest import Manifest
 from mmpt.data.mixture import Mixture, smallest_weights
 from mmpt.data.order import Order
 from mmpt.data.permutation import hash_key
-from mmpt.data.reader import RawSample, Reader
+from mmpt.data.reader import RawSample, Reader, range_of
+from mmpt.data.remote import RemoteConfig
 from mmpt.data.tar import Extent
 from mmpt.data.text import CaptionFields, caption_fields
 
@@ -39,6 +42,16 @@ class Sources:
 
     def caption_fields_of(self, chunk: int) -> CaptionFields:
         return self.captions[int(self.source_of(np.array([chunk]))[0])]
+
+    def remote_ranges(self, chunks: np.ndarray) -> list[Range]:
+        """What the node's cache must hold for these chunks: nothing of local sources."""
+        out = []
+        for source in np.unique(self.source_of(chunks)).tolist():
+            manifest = self.manifests[source]
+            if not storage.is_local(manifest.folder):
+                own = np.unique(chunks[self.source_of(chunks) == source]) - self.first_chunks[source]
+                out += [range_of(manifest, manifest.chunk(chunk)) for chunk in own.tolist()]
+        return out
 
     def mixture(self, weights: tuple[int, ...], seed: int, lanes: int, window_chunks: int) -> Mixture:
         """The order of all samples. Without weights the sources are one data set, each sample once per epoch; with
@@ -78,9 +91,9 @@ def _seed_of(seed: int, source: int) -> int:
 class SourceReader:
     """Reads samples of all sources by chunk and index; see `Reader`."""
 
-    def __init__(self, sources: Sources):
+    def __init__(self, sources: Sources, cache: CacheConfig, remote: RemoteConfig):
         self._sources = sources
-        self._readers = [Reader(manifest) for manifest in sources.manifests]
+        self._readers = [Reader(manifest, cache, remote) for manifest in sources.manifests]
 
     def read(self, chunks: np.ndarray, indices: np.ndarray) -> Sequence[RawSample]:
         """The samples at these places, in the order given. Raises ShardError for a shard that cannot be trusted."""

@@ -22,7 +22,7 @@ class BatchMaker(Dataset):
 
     def __init__(self, pipeline: Pipeline, evaluation: bool):
         self.pipeline, self.evaluation = pipeline, evaluation
-        self.reader = SourceReader(pipeline.sources)
+        self.reader = SourceReader(pipeline.sources, pipeline.cache, pipeline.remote)
 
     def __getitem__(self, work: Work) -> Any:
         make = evaluation_batch if self.evaluation else training_batch
