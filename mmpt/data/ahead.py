@@ -4,6 +4,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 
 from mmpt.data.cache import ChunkCache, Range
 
@@ -44,14 +45,12 @@ class FetchAhead:
 
     def close(self) -> None:
         """Forget what waits and let the threads end after what they are at. Safe to call twice."""
-        while True:
-            try:
+        threads, self._threads = self._threads, []
+        with suppress(queue.Empty):
+            while threads:
                 self._waiting.get_nowait()
-            except queue.Empty:
-                break
-        for _ in self._threads:
+        for _ in threads:
             self._waiting.put(None)
-        self._threads = []
 
     def _work(self) -> None:
         while (chunk := self._waiting.get()) is not None:
