@@ -96,6 +96,8 @@ class InputSpec:
     """Patches per image before any is dropped; 0 where the image tower has no patches."""
     kept_patches: int = 0
     """Patches kept per image in training (FLIP's patch dropout); equal to `patches` where all are kept."""
+    extra_views: int = 0
+    """Further crops of each image, for losses between views (SLIP wants 2)."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Batch:
     positions:    [B] int64, each sample's place in the endless global order: with the seed it keys every random choice.
     kept_patches: [B, K] int64, ascending, or None where every patch is kept.
     keys:         the samples' keys in their shards.
+    views:        [B, V, 3, H, W] uint8, V further crops of each image, or None where there are none.
+    view_parameters: [B, V, 8] fp32, what `ops/augment.py` does to each view; stays on the host, which plans by it.
     """
 
     images: Tensor
@@ -124,14 +128,20 @@ class Batch:
     positions: Tensor
     kept_patches: Tensor | None
     keys: tuple[str, ...]
+    views: Tensor | None = None
+    view_parameters: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> "Batch":
-        kept = None if self.kept_patches is None else self.kept_patches.to(device, non_blocking=True)
+        """On a device, all but positions and view_parameters, which the host reads. Copies overlap when pinned."""
         return replace(
-            self, images=self.images.to(device, non_blocking=True), text=self.text.to(device), kept_patches=kept
+            self,
+            images=self.images.to(device, non_blocking=True),
+            text=self.text.to(device),
+            kept_patches=_to(self.kept_patches, device),
+            views=_to(self.views, device),
         )
 
     def split(self, parts: int) -> list["Batch"]:
@@ -149,8 +159,18 @@ class Batch:
                 self.images[i : i + size],
                 pack(texts[i : i + size]),
                 self.positions[i : i + size],
-                None if self.kept_patches is None else self.kept_patches[i : i + size],
+                _rows(self.kept_patches, i, i + size),
                 self.keys[i : i + size],
+                _rows(self.views, i, i + size),
+                _rows(self.view_parameters, i, i + size),
             )
             for i in range(0, len(self), size)
         ]
+
+
+def _to(tensor: Tensor | None, device: torch.device | str) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
+
+
+def _rows(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if tensor is None else tensor[start:stop]

@@ -6,7 +6,8 @@ result is turned, mirrored and jittered.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from PIL import Image, ImageEnhance
 
 from mmpt.data.decode import DCT_FACTORS, Box, Header, decode_pixels, read_header
 from mmpt.data.decode import ImageError as ImageError
+from mmpt.data.views import ViewConfig
 
 CROP_TRIES = 10
 
@@ -39,6 +41,8 @@ class ImageConfig:
     decode_gap: float = 1.5
     """JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop then still has this many times the wanted
     pixels in both directions. Worst of 400 photographs against full decoding: 29 dB at 1, 35 at 1.5, 41 at 2."""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    """The extra views, for methods that want some."""
 
     def __post_init__(self):
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -76,22 +80,40 @@ def training_image(
     random: gives the stream for a purpose; each choice has its own, so that switching one on leaves the others alone.
     Raises ImageError for what cannot be decoded or is over a limit.
     """
+    return training_images(data, size, config, random, extra_views=0)[0]
+
+
+def training_images(
+    data: bytes, size: int, config: ImageConfig, random: Callable[[str], np.random.Generator], extra_views: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`training_image`, and V extra crops that are neither jittered nor mirrored yet: uint8 [V, 3, size, size]."""
     header = read_header(data, config.max_pixels, config.max_bytes)
-    box = random_crop_box(*header.upright_size, config.crop_scale, config.crop_ratio, random("crop"))
-    return vary(resized_crop(data, header, box, size, config), config, random)
+    decoded = cache(lambda factor: decode_pixels(data, header, factor, config.background))
+
+    def crop(scale: tuple[float, float], purpose: str) -> np.ndarray:
+        box = random_crop_box(*header.upright_size, scale, config.crop_ratio, random(purpose))
+        return resized_crop(decoded, header, box, size, config.decode_gap)
+
+    image = vary(crop(config.crop_scale, "crop"), config, random)
+    views = np.empty((extra_views, 3, size, size), dtype=np.uint8)
+    for view in range(extra_views):
+        views[view] = crop(config.views.crop_scale, f"view {view} crop").transpose(2, 0, 1)
+    return image, views
 
 
-def resized_crop(data: bytes, header: Header, box: Box, size: int, config: ImageConfig) -> np.ndarray:
+def resized_crop(decoded: Callable[[int], np.ndarray], header: Header, box: Box, size: int, gap: float) -> np.ndarray:
     """The box of the upright image, resized: uint8 [size, size, 3], upright.
 
-    The box snaps to whole pixels of the image as decoded, at most half a pixel of 1 / decode_gap of the result's, as
+    decoded: gives the pixels as stored, decoded a factor smaller; see `decode_pixels`.
+
+    The box snaps to whole pixels of the image as decoded, at most half a pixel of 1 / gap of the result's, as
     torchvision's crop snaps to those of the full image: for boxes of whole pixels torch has an antialiased bicubic
     resize in integers, four to five times as fast as Pillow's and equal to it within rounding.
     """
-    factor = dct_factor(header, box, size, config.decode_gap)
+    factor = dct_factor(header, box, size, gap)
     left, top, right, bottom = snapped(header, box, factor)
-    pixels = decode_pixels(data, header, factor, config.background)[top:bottom, left:right]
-    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last
+    pixels = np.ascontiguousarray(decoded(factor)[top:bottom, left:right])
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last
     resized = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
     return header.upright(resized[0].permute(1, 2, 0).numpy())
 

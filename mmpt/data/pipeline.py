@@ -13,12 +13,15 @@ import numpy as np
 import torch
 
 from mmpt.batch import Batch, InputSpec
-from mmpt.data.image import ImageConfig, ImageError, evaluation_image, training_image
+from mmpt.data.cache import CacheConfig
+from mmpt.data.image import ImageConfig, ImageError, evaluation_image, training_images
 from mmpt.data.quarantine import BadSample, stand_ins
 from mmpt.data.randomness import generator
 from mmpt.data.reader import RawSample
+from mmpt.data.remote import RemoteConfig
 from mmpt.data.sources import SourceReader, Sources
 from mmpt.data.text import CaptionFields, captions_of, draw_caption, metadata_of, tokenise
+from mmpt.data.views import draw_views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +35,8 @@ class Pipeline:
     tokenizer: "PreTrainedTokenizerBase"
     inputs: InputSpec
     image: ImageConfig
+    cache: CacheConfig
+    remote: RemoteConfig
     seed: int
 
 
@@ -50,6 +55,8 @@ class Pair(NamedTuple):
     key: str
     image: np.ndarray
     caption: str
+    views: np.ndarray
+    view_parameters: np.ndarray
 
 
 def training_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tuple[Batch, list[BadSample]]:
@@ -71,7 +78,13 @@ def assemble(pipeline: Pipeline, pairs: Sequence[Pair], epochs: np.ndarray, posi
         positions=torch.from_numpy(positions.copy()),
         kept_patches=kept_patches(pipeline, list(zip(epochs.tolist(), positions.tolist(), strict=True))),
         keys=tuple(pair.key for pair in pairs),
+        views=_stacked([pair.views for pair in pairs]),  # [B, V, 3, H, W]
+        view_parameters=_stacked([pair.view_parameters for pair in pairs]),  # [B, V, 8]
     )
+
+
+def _stacked(arrays: Sequence[np.ndarray]) -> torch.Tensor | None:
+    return torch.from_numpy(np.stack(arrays)) if arrays[0].size else None
 
 
 def _pair_or_stand_in(
@@ -100,8 +113,9 @@ def make_pair(pipeline: Pipeline, raw: RawSample, fields: CaptionFields, epoch: 
     random = partial(generator, pipeline.seed, epoch=epoch, position=position)
     draws = random("caption_field").random() if len(fields.names) > 1 else 0.0, random("caption").random()
     caption = draw_caption(raw.files, fields, *draws)
-    image = training_image(raw.image(), pipeline.inputs.image_size, pipeline.image, random)
-    return Pair(raw.key, image, caption)
+    inputs, config = pipeline.inputs, pipeline.image
+    image, views = training_images(raw.image(), inputs.image_size, config, random, inputs.extra_views)
+    return Pair(raw.key, image, caption, views, draw_views(config.views, random, inputs.extra_views))
 
 
 def evaluation_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tuple[Batch, list[dict]]:
