@@ -12,7 +12,8 @@ from mmpt.data import quarantine
 from mmpt.data.audit import exposures, seen, stand_ins_of
 from mmpt.data.loader import DataConfig, build_loader, open_sources
 from tests.data.shards import write_shards
-from tests.data.test_loader import GLOBAL_BATCH, damaged_copy
+from tests.data.test_loader import GLOBAL_BATCH
+from tests.data.test_loader_sources import damaged_copy
 
 STEPS = 12  # 288 positions
 

@@ -1,12 +1,6 @@
 """The promises of the loader: the same tensors whatever the ranks, workers and restarts, and errors that are errors."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_tools.index import index
 from mmpt.batch import Batch, InputSpec, concatenate, unpack
-from mmpt.data import workers
 from mmpt.data.image import ImageConfig, evaluation_image
 from mmpt.data.loader import DataConfig, Loader, build_loader, eval_batches
 from mmpt.data.manifest import FILE_NAME
 from mmpt.data.tar import ShardError
 from mmpt.data.text import load_tokenizer
-from tests.data.shards import caption, picture, write_shards
+from tests.data.shards import caption, picture
 
 GLOBAL_BATCH = 24
 VARIED = ImageConfig(crop_scale=(0.3, 1.0), flip_probability=0.5, colour_jitter=0.3)
@@ -185,74 +177,6 @@ def test_the_state_counts_what_was_delivered_not_what_was_fetched_ahead(config: 
     assert_same(second, global_batches(config, inputs, 2)[1])
 
 
-def damaged_copy(shards: str, folder: Path) -> str:
-    """A data set in which one image cannot be decoded, though the tar is intact."""
-    folder.mkdir()
-    for path in Path(shards).iterdir():
-        data = path.read_bytes()
-        if path.name == "00002.tar":
-            jpeg = picture(48)
-            data = data.replace(jpeg, jpeg[:40] + bytes(len(jpeg) - 40))
-        (folder / path.name).write_bytes(data)
-    return str(folder)
-
-
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_an_undecodable_image_is_replaced_and_noted(
-    config: DataConfig, inputs: InputSpec, tmp_path: Path, workers: int
-):
-    """The same stand-in for any world size; every other sample as before; counts unchanged."""
-    broken = replace(config, shards=damaged_copy(config.shards, tmp_path / "broken"), max_quarantined_share=0.05)
-    intact, alone = global_batches(config, inputs, 9), global_batches(replace(broken, workers=workers), inputs, 9)
-    for a, b in zip(alone, global_batches(broken, inputs, 9, world_size=4), strict=True):
-        assert_same(a, b)
-    replaced, stood_in = 0, []
-    for a, b in zip(intact, alone, strict=True):
-        for i, key in enumerate(a.keys):
-            if key == "000048":
-                replaced += 1
-                stood_in.append(b.keys[i])
-                assert b.keys[i] in {"000045", "000046", "000047", "000049"}, "of the same chunk"
-            else:
-                assert b.keys[i] == key and torch.equal(a.images[i], b.images[i])
-    assert replaced >= 2
-
-    loader = build_loader(replace(broken, workers=workers), inputs, 5, GLOBAL_BATCH, 0, 1)
-    for _ in range(9):
-        next(loader)
-    noted = loader.take_quarantined()
-    loader.close()
-    assert [row.stand_in for row in noted] == stood_in
-    assert len(noted) == replaced and loader.take_quarantined() == []
-    assert {(Path(row.shard).name, row.key) for row in noted} == {("00002.tar", "000048")}
-    assert all("cannot be decoded" in row.reason and row.offset % 512 == 0 and row.offset > 0 for row in noted)
-
-
-def test_too_many_bad_samples_stop_the_run(config: DataConfig, inputs: InputSpec, tmp_path: Path):
-    broken = replace(config, shards=damaged_copy(config.shards, tmp_path / "broken"), max_quarantined_share=0.001)
-    with pytest.raises(ValueError, match=r"11 of \d+ samples could not be used.*data.max_quarantined_share") as caught:
-        take(build_loader(broken, inputs, 5, GLOBAL_BATCH, 0, 1), 60)
-    assert "\n" not in str(caught.value) and "00002.tar: sample '000048': cannot be decoded" in str(caught.value)
-
-
-def test_sources_with_weights_and_captions_of_their_own(config: DataConfig, inputs: InputSpec, tmp_path: Path):
-    write_shards(tmp_path / "other", [6])
-    index(str(tmp_path / "other"))
-    both = f"{config.shards}::{tmp_path / 'other'}"
-    mixed = replace(config, shards=both, weights=(3, 1), caption_field="txt::captions")
-    own = global_batches(mixed, inputs, 8)
-    for a, b in zip(own, global_batches(mixed, inputs, 8, world_size=4), strict=True):
-        assert_same(a, b)
-    loader = build_loader(mixed, inputs, 5, GLOBAL_BATCH, 0, 1, start=192)
-    assert loader.epochs == (144 / 97, 48 / 6)
-    loader.close()
-    counts = Counter(key for batch in own for key in batch.keys)
-    assert sum(counts.values()) == 192 and all(counts[f"{n:06d}"] >= 8 for n in range(6)), "eight epochs of the six"
-    union = global_batches(replace(config, shards=both), inputs, 5)
-    seen = Counter(key for batch in union for key, at in zip(batch.keys, batch.positions.tolist()) if at < 103)
-    assert sum(seen.values()) == 103 and seen["000000"] == 2 and seen["000050"] == 1
-
-
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_shard_damaged_after_indexing_stops_with_its_error(
     config: DataConfig, inputs: InputSpec, tmp_path: Path, workers: int
@@ -267,56 +191,6 @@ def test_a_shard_damaged_after_indexing_stops_with_its_error(
     with pytest.raises(ShardError, match=r"00000.tar at byte 0: not a tar archive") as caught:
         take(build_loader(replace(config, shards=str(tmp_path), workers=workers), inputs, 5, GLOBAL_BATCH, 0, 1), 5)
     assert caught.value.offset == 0 and "\n" not in str(caught.value)
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_an_error_not_a_hang(config: DataConfig, inputs: InputSpec):
-    loader = build_loader(replace(config, workers=2), inputs, 5, GLOBAL_BATCH, 0, 1)
-    next(loader)
-    for pid in loader.worker_pids():
-        os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"data worker died") as caught:
-        for _ in range(20):
-            next(loader)
-    assert "\n" not in str(caught.value)
-    loader.close()
-
-
-PROGRAM = """
-import os, signal, sys
-from mmpt.batch import InputSpec
-from mmpt.data.loader import DataConfig, build_loader
-if __name__ == "__main__":
-    config = DataConfig(sys.argv[1], sys.argv[2], workers=2)
-    loader = build_loader(config, InputSpec(16, 12, 300), seed=0, global_batch=8, rank=0, world_size=1)
-    next(loader)
-    print(*loader.worker_pids(), flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def alive(pid: int) -> bool:
-    """Running, not merely waiting to be reaped."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.slow
-def test_workers_die_with_a_killed_training_process(config: DataConfig, tmp_path: Path):
-    """Or they would hold the launcher's pipes open for ever."""
-    (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, str(tmp_path / "program.py"), config.shards, config.tokenizer]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        output, _ = process.communicate(timeout=60)  # returns when nobody holds the other end any more
-    assert process.returncode == -signal.SIGKILL
-    pids = [int(pid) for pid in output.split()]
-    assert len(pids) == 2
-    deadline = time.monotonic() + 10
-    while any(alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a worker outlived its training process"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -391,15 +265,3 @@ def test_evaluation_in_workers_is_the_same(config: DataConfig, inputs: InputSpec
 def test_the_manifest_file_may_be_named_instead_of_its_folder(config: DataConfig, inputs: InputSpec):
     named = replace(config, shards=str(Path(config.shards) / FILE_NAME))
     assert_same(global_batches(config, inputs, 1)[0], global_batches(named, inputs, 1)[0])
-
-
-@pytest.mark.parametrize(
-    "error", [ConnectionResetError("reset"), EOFError(), RuntimeError("DataLoader worker (pid 1) exited")]
-)
-def test_a_worker_that_dies_while_handing_over_is_the_same_error(error: Exception):
-    def batches() -> Iterator[Batch]:
-        raise error
-        yield
-
-    with pytest.raises(RuntimeError, match="a data worker died"):
-        workers.take(batches())

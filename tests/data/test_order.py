@@ -156,6 +156,21 @@ def test_positions_of_is_the_inverse(order: Order, epoch: int):
     assert np.array_equal(positions_of(order, epoch, chunks, indices), positions)
 
 
+@pytest.mark.parametrize(("world_size", "most"), [(1, 1.0), (8, 1.05), (32, 1.2), (64, 2.1)])
+def test_ranks_share_few_chunks(world_size: int, most: float):
+    """Chunks that all ranks together read in an epoch, over those there are: 1 + W / L is what one may expect."""
+    lanes, global_batch = 32, 256
+    order = make_order([2000] * 60, 50, seed=1, lanes=lanes, window_samples=200)
+    alone = Mixture((order,), (1,), (0,))
+    read: list[set[int]] = [set() for _ in range(world_size)]
+    for step in range(order.samples // global_batch):
+        for rank in range(world_size):
+            positions = batch_positions(alone, step * global_batch, global_batch, rank, world_size)
+            read[rank].update(locate(order, positions).chunks.tolist())
+    ratio = sum(map(len, read)) / len(order.chunk_lengths)
+    assert ratio <= most and most <= 1 + world_size / lanes + 0.2
+
+
 def test_chunks_that_a_filter_emptied_hold_no_sample():
     order = Order(np.array([0, 3, 0, 0, 2, 0], dtype=np.int32), 7, 2, 3)
     _, chunks, indices = locate(order, np.arange(5))

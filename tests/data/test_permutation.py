@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from mmpt.data.permutation import hash_key, permute
+from mmpt.data.permutation import hash_key, permute, unpermute
 
 
 @given(n=st.integers(1, 5000), key=st.integers(0, 2**40))
@@ -15,6 +15,12 @@ from mmpt.data.permutation import hash_key, permute
 def test_every_index_has_one_image(n: int, key: int):
     image = permute(np.arange(n), n, hash_key(key))
     assert np.array_equal(np.sort(image), np.arange(n))
+
+
+@given(n=st.integers(1, 5000), key=st.integers(0, 2**40))
+@settings(max_examples=100, deadline=None)
+def test_unpermute_is_the_inverse(n: int, key: int):
+    assert np.array_equal(unpermute(permute(np.arange(n), n, hash_key(key)), n, hash_key(key)), np.arange(n))
 
 
 @given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=30), key=st.integers(0, 2**40))

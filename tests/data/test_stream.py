@@ -9,7 +9,7 @@ import torch
 from mmpt.batch import Batch, InputSpec
 from mmpt.data.loader import DataConfig, Loader, build_loader
 from mmpt.data.stream import stream_urls
-from tests.data.test_loader import damaged_copy
+from tests.data.test_loader_sources import damaged_copy
 
 
 @pytest.fixture
