@@ -47,12 +47,12 @@ def _walk(index: np.ndarray, n: int | np.ndarray, key: np.ndarray, cipher: Ciphe
     index = np.asarray(index, dtype=np.int64)
     sizes = np.broadcast_to(np.asarray(n, dtype=np.int64), index.shape)
     keys = np.broadcast_to(key, index.shape)
-    half_bits = _half_bits(sizes)
-    out = index.astype(U64)
-    walking = np.arange(len(index))
+    half_bits, limits = _half_bits(sizes), sizes.astype(U64)
+    out = cipher(index.astype(U64), half_bits, keys)
+    walking = np.flatnonzero(out >= limits)
     while len(walking):
         out[walking] = cipher(out[walking], half_bits[walking], keys[walking])
-        walking = walking[out[walking] >= sizes[walking].astype(U64)]
+        walking = walking[out[walking] >= limits[walking]]
     return out.astype(np.int64)
 
 
