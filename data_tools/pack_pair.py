@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import re
 from dataclasses import dataclass
 
 from PIL import Image
@@ -13,7 +12,6 @@ from mmpt.data.image import ImageConfig, ImageError, decode
 
 JPEG_QUALITY = 95
 EXTENSION_OF_MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
-ADDRESS = re.compile(r" <[^<>]* at 0x[0-9a-f]+>")  # of an object in memory: it would differ from run to run
 RIGHT = "right."
 """Before the extension of the second image of a sample: KEY.right.png. A sample has one image as far as the index and
 the training pipeline are concerned, and that is the first; what reads pairs of images asks for this file too."""
@@ -74,7 +72,7 @@ def _prepare(name: str, images: ImageSource, resize: int | None) -> _Prepared:
     try:
         decoded = decode(data, ImageConfig.background, ImageConfig.max_pixels)
     except ImageError as error:
-        raise _LeftOut(UNDECODABLE, ADDRESS.sub("", str(error))) from error
+        raise _LeftOut(UNDECODABLE, str(error)) from error
     extension = next(extension for magic, extension in EXTENSION_OF_MAGIC if data.startswith(magic))
     original_size, digest = decoded.size, hashlib.sha256(data).hexdigest()
     if resize and min(decoded.size) > resize:

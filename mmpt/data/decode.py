@@ -1,6 +1,7 @@
 """From the bytes of an image file to pixels: what its header says, and decoding at a fraction of its size."""
 
 import io
+import re
 import warnings
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ TURN_OF_ORIENTATION = {
     7: (True, True, True),
     8: (True, False, True),
 }
+ADDRESS = re.compile(r" <[^<>]* at 0x[0-9a-f]+>")  # of an object in memory: it would differ from run to run
 Box = tuple[float, float, float, float]
 """left, top, right, bottom, in pixels from the upper left corner."""
 
@@ -148,4 +150,5 @@ def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
 
 
 def _undecodable(error: Exception) -> ImageError:
-    return ImageError(f"cannot be decoded: {str(error) or type(error).__name__}")
+    reason = ADDRESS.sub("", str(error)) or type(error).__name__
+    return ImageError(f"cannot be decoded: {reason}")

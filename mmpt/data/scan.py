@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from typing import Literal, NamedTuple
 
 import numpy as np
+from pyarrow import parquet
 
 from mmpt.data import storage
 from mmpt.data.manifest import IMAGE_EXTENSIONS, Manifest
@@ -62,8 +63,8 @@ def build_manifest(
 
     chunk_samples: 0 = LARGEST_CHUNK_SAMPLES for a million samples and more, fewer for less, so that the order of a
     small data set mixes samples rather than long runs of neighbours. source: `headers` reads every header of every
-    shard; `offsets` believes the `.tar.idx` beside each; `counts` believes a `_stats.json` beside it or a `sizes.json`
-    in the folder, and makes each shard one chunk, because it knows no offsets. workers: processes that scan; 0 = this
+    shard; `offsets` believes the `.tar.idx` beside each; `counts` believes a `_stats.json` or the
+    `.parquet` beside it, or a `sizes.json` in the folder, and makes each shard one chunk, as it knows no offsets. workers: processes that scan; 0 = this
     one. progress: wraps the iterable of results, as a progress bar does.
     Raises ShardError for a damaged shard, ValueError when there is no sample at all or no such file beside a shard.
     """
@@ -185,7 +186,8 @@ def read_offsets(place: str, shard_bytes: int) -> np.ndarray:
 
 
 def _read_count(folder: str, name: str) -> int:
-    """The samples of a shard, from img2dataset's `NAME_stats.json` or webdataset's `sizes.json`."""
+    """The samples of a shard, from img2dataset's `NAME_stats.json` or webdataset's `sizes.json`, or the rows of
+    img2dataset's `NAME.parquet` whose status is `success`."""
     for place, field in (
         (storage.join(folder, f"{name.removesuffix('.tar')}_stats.json"), "successes"),
         (storage.join(folder, "sizes.json"), name),
@@ -195,4 +197,9 @@ def _read_count(folder: str, name: str) -> int:
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{place}: {field!r} is {value!r} and not a count")
             return value
+    table = storage.join(folder, f"{name.removesuffix('.tar')}.parquet")
+    if storage.exists(table):
+        with storage.open_bytes(table) as file:
+            rows = parquet.read_table(file, columns=["status"])  # type: ignore[arg-type]
+        return rows["status"].to_pylist().count("success")
     raise ValueError(f"nothing beside {storage.join(folder, name)} tells how many samples it has: read the headers")

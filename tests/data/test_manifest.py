@@ -6,7 +6,9 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from data_tools.index import index
 from mmpt.data import storage
@@ -176,6 +178,13 @@ def test_offsets_and_counts_of_others_are_believed(folder: Path):
     assert np.array_equal(by_offsets.chunk_lengths, whole.chunk_lengths)
     by_counts = build_manifest(str(folder), listing(folder), source="counts")
     assert by_counts.chunk_lengths.tolist() == [40, 17, 40] and by_counts.samples == 97
+    for path in folder.glob("*_stats.json"):
+        successes = json.loads(path.read_text())["successes"]
+        status = ["success"] * successes + ["failed_to_download"] * 3
+        parquet.write_table(pyarrow.table({"status": status}), folder / path.name.replace("_stats.json", ".parquet"))
+        path.unlink()
+    by_status = build_manifest(str(folder), listing(folder), source="counts")
+    assert by_status.content_hash == by_counts.content_hash
     (sample,) = Reader(by_counts).read(np.array([1]), np.array([3]))
     assert sample.key == "000043"
 
