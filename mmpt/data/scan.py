@@ -63,9 +63,9 @@ def build_manifest(
 
     chunk_samples: 0 = LARGEST_CHUNK_SAMPLES for a million samples and more, fewer for less, so that the order of a
     small data set mixes samples rather than long runs of neighbours. source: `headers` reads every header of every
-    shard; `offsets` believes the `.tar.idx` beside each; `counts` believes a `_stats.json` or the
-    `.parquet` beside it, or a `sizes.json` in the folder, and makes each shard one chunk, as it knows no offsets. workers: processes that scan; 0 = this
-    one. progress: wraps the iterable of results, as a progress bar does.
+    shard; `offsets` believes the `.tar.idx` beside each; `counts` believes a `_stats.json` or the `.parquet` beside it,
+    or a `sizes.json` in the folder, and makes each shard one chunk, as it knows no offsets. workers: processes that
+    scan; 0 = this one. progress: wraps the iterable of results, as a progress bar does.
     Raises ShardError for a damaged shard, ValueError when there is no sample at all or no such file beside a shard.
     """
     if source == "counts" and (chunk_samples or keep):
@@ -83,16 +83,17 @@ def assemble(
     folder: str, files: Sequence[ListedFile], scans: Iterable[Scan], chunk_samples: int, source: Source
 ) -> Manifest:
     """Put the scans of all shards together, keeping of each only its chunks as soon as their size is known."""
-    counts, digests, waiting, chunks = [], [], list[Scan](), list[_Chunks]()
+    counts, digests, waiting, chunks, total = [], [], list[Scan](), list[_Chunks](), 0
     for scan in scans:
         counts.append(scan.count)
+        total += scan.count
         digests.append(scan.digest)
         waiting.append(scan)
-        if source != "counts" and (chunk_samples or sum(counts) >= CHUNKS_WANTED * LARGEST_CHUNK_SAMPLES):
+        if source != "counts" and (chunk_samples or total >= CHUNKS_WANTED * LARGEST_CHUNK_SAMPLES):
             chunk_samples = chunk_samples or LARGEST_CHUNK_SAMPLES
             chunks += [_cut(scan, chunk_samples) for scan in waiting]
             waiting = []
-    if not (total := sum(counts)):
+    if not total:
         raise ValueError(f"{folder} has no samples in {len(files)} shards")
     chunk_samples = chunk_samples or (max(counts) if source == "counts" else max(1, total // CHUNKS_WANTED))
     chunks += [_cut(scan, chunk_samples) for scan in waiting]
