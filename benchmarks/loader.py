@@ -25,8 +25,8 @@ from mmpt.data.image import ImageConfig
 
 PHOTOS = Path(__file__).parents[1] / "../shared/data/photos/imagenet-samples-400.tar"
 CONTENDER = Path(__file__).parent / "loader_parts/contender.py"
-BATCH, IMAGE_SIZE, VOCABULARY = 32, 224, 1000
-BATCHES_PER_ROUND, BATCHES_PER_LARGE_ROUND = 16, 4
+BATCH, IMAGE_SIZE, VOCABULARY = 128, 224, 1000
+BATCHES_PER_ROUND, BATCHES_PER_LARGE_ROUND = 4, 1
 
 
 def main() -> None:

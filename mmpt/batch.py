@@ -85,7 +85,7 @@ class InputSpec:
     """What a method wants from the loader: derived from the model's configuration, so that each fact has one knob."""
 
     image_size: int
-    """Height and width of the crop, in pixels."""
+    """Height and width of the crop, in pixels; of extra views too. The shorter side where image_resize says so."""
     max_text_tokens: int
     """Captions are cut to this many tokens, special tokens included."""
     vocab_size: int
@@ -98,6 +98,24 @@ class InputSpec:
     """Patches kept per image in training (FLIP's patch dropout); equal to `patches` where all are kept."""
     extra_views: int = 0
     """Further crops of each image, for losses between views (SLIP wants 2)."""
+    image_resize: Literal["square", "shorter_side", "native"] = "square"
+    """`square` crops; or whole images of any shape as packed patches: resized so that the shorter side is image_size,
+    or as large as they are. Both within longest_side, their sides cut down to multiples of patch_size."""
+    longest_side: int = 0
+    """Most pixels of a side of a whole image, where those are wanted."""
+    patch_size: int = 0
+    """Side of a patch in pixels, where whole images are wanted."""
+
+    def __post_init__(self):
+        if self.image_resize == "square":
+            return
+        if self.patch_size < 1 or self.longest_side < self.patch_size:
+            raise ValueError(
+                f"images resized to {self.image_resize!r} want a patch_size ({self.patch_size}) of 1 or more "
+                f"and a longest_side ({self.longest_side}) of at least a patch"
+            )
+        if self.kept_patches != self.patches:
+            raise ValueError(f"patches cannot be dropped from images resized to {self.image_resize!r}")
 
 
 @dataclass(frozen=True)
@@ -121,6 +139,9 @@ class Batch:
     keys:         the samples' keys in their shards.
     views:        [B, V, 3, H, W] uint8, V further crops of each image, or None where there are none.
     view_parameters: [B, V, 8] fp32, what `ops/augment.py` does to each view; stays on the host, which plans by it.
+    patches:      whole images of any shape as packed patches, Tokens with x [T, 3 * S * S] uint8 for patches of S x S
+                  pixels in the order (channel, row, column), row by row; `images` is then [B, 3, 0, 0]. Or None.
+    grids:        [B, 2] int64, rows and columns of patches of each image, on the host; None where patches is.
     """
 
     images: Tensor
@@ -130,18 +151,21 @@ class Batch:
     keys: tuple[str, ...]
     views: Tensor | None = None
     view_parameters: Tensor | None = None
+    patches: Tokens | None = None
+    grids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """On a device, all but positions and view_parameters, which the host reads. Copies overlap when pinned."""
+        """On a device, all but positions, view_parameters and grids, which the host reads; copies overlap if pinned."""
         return replace(
             self,
             images=self.images.to(device, non_blocking=True),
             text=self.text.to(device),
             kept_patches=_to(self.kept_patches, device),
             views=_to(self.views, device),
+            patches=None if self.patches is None else self.patches.to(device),
         )
 
     def split(self, parts: int) -> list["Batch"]:
@@ -154,6 +178,7 @@ class Batch:
         if parts == 1:
             return [self]
         size, texts = len(self) // parts, unpack(self.text)
+        patches = None if self.patches is None else unpack(self.patches)
         return [
             Batch(
                 self.images[i : i + size],
@@ -163,6 +188,8 @@ class Batch:
                 self.keys[i : i + size],
                 _rows(self.views, i, i + size),
                 _rows(self.view_parameters, i, i + size),
+                None if patches is None else pack(patches[i : i + size]),
+                _rows(self.grids, i, i + size),
             )
             for i in range(0, len(self), size)
         ]

@@ -3,8 +3,9 @@
     python benchmarks/loader_parts/contender.py KIND SHARDS TOKENIZER BATCH SIZE
 
 A line with a number makes it take so many batches and answer with a line of JSON: samples, wall and CPU seconds, of
-this process and its worker together. Kind `open_clip` imports nothing of ours, for it runs in an environment of its
-own.
+this process and its worker together. Each round begins and ends with the worker idle, as many batches ahead as it may
+be, so that what it makes in a round is what was taken. Kind `open_clip` imports nothing of ours, for it runs in an
+environment of its own.
 """
 
 import json
@@ -21,7 +22,7 @@ import torch
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP, as open_clip has them
 CROP_SCALE, CROP_RATIO, TEXT_TOKENS, ENDLESS = (0.9, 1.0), (3 / 4, 4 / 3), 77, 10**8
-WARM_UP_BATCHES = 4
+WARM_UP_BATCHES, IDLE_SECONDS = 3, 0.3
 
 
 def main() -> None:
@@ -30,21 +31,33 @@ def main() -> None:
     batches = KINDS[kind](Path(shards), tokenizer, int(batch), int(size))
     for _ in range(WARM_UP_BATCHES):
         next(batches)
+    _, cpu = when_idle()
     print("ready", flush=True)
     for line in sys.stdin:
-        wall, cpu = time.perf_counter(), cpu_seconds()
+        start = time.perf_counter()
         samples = sum(next(batches) for _ in range(int(line)))
-        row = {"samples": samples, "wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu}
-        print(json.dumps(row), flush=True)
+        (end, after), before = when_idle(), cpu
+        cpu = after
+        print(json.dumps({"samples": samples, "wall": end - start, "cpu": after - before}), flush=True)
 
 
-def cpu_seconds() -> float:
-    """Of this process and its living children."""
+def when_idle() -> tuple[float, float]:
+    """Waits until the workers have done nothing for a while; (when they stopped, CPU seconds up to then)."""
+    last, stopped = cpu_seconds_of_workers(), time.perf_counter()
+    while time.perf_counter() - stopped < IDLE_SECONDS:
+        time.sleep(IDLE_SECONDS / 10)
+        now = cpu_seconds_of_workers()
+        if now != last:
+            last, stopped = now, time.perf_counter()
+    return stopped, time.process_time() + last
+
+
+def cpu_seconds_of_workers() -> float:
     ticks = 0
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])  # utime, stime
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def mmpt(shards: Path, tokenizer: str, batch: int, size: int) -> Iterator[int]:

@@ -7,8 +7,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from mmpt.data.crop import dct_factor, random_crop_box, snapped
 from mmpt.data.decode import read_header
-from mmpt.data.image import ImageConfig, dct_factor, evaluation_image, random_crop_box, snapped, training_image
+from mmpt.data.image import ImageConfig, evaluation_image, training_image
 from mmpt.data.randomness import generator
 
 MANY = 10**9
@@ -18,7 +19,7 @@ def training_decibels(data: bytes, size: int, config: ImageConfig, position: int
     random = partial(generator, 0, epoch=0, position=position)
     header = read_header(data, MANY, MANY)
     box = random_crop_box(*header.upright_size, config.crop_scale, config.crop_ratio, random("crop"))
-    factor = dct_factor(header, box, size, config.decode_gap)
+    factor = dct_factor(header, box, (size, size), config.decode_gap)
     left, top, right, bottom = (edge * factor for edge in snapped(header, box, factor))
     full = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
     expected = full.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))

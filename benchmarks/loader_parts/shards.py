@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-SHARDS, SHORTER_SIDE, LARGE_SIZE, LARGE_COUNT = 4, 256, (1824, 1368), 64
+SHARDS, SAMPLES, SHORTER_SIDE, LARGE_SIZE, LARGE_COUNT = 4, 1024, 256, (1824, 1368), 64
+SUFFIXES = (".jpg", ".jpeg")
 LARGE = "2.5 megapixels"
 
 
@@ -18,9 +19,6 @@ def read_photographs(place: Path) -> list[tuple[str, bytes]]:
     with tarfile.open(place) as tar:
         members = [member for member in tar if Path(member.name).suffix.lower() in SUFFIXES]
         return sorted((Path(member.name).stem, tar.extractfile(member).read()) for member in members)
-
-
-SUFFIXES = (".jpg", ".jpeg")
 
 
 def write_all(photographs: list[tuple[str, bytes]], folder: Path) -> dict[str, Path]:
@@ -65,11 +63,12 @@ def caption_of(name: str) -> str:
 
 
 def write_shards(pairs: list[tuple[str, bytes]], folder: Path) -> None:
+    """SAMPLES pairs, again and again the same: webdataset throws away the samples that do not fill a last batch."""
     folder.mkdir(parents=True)
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for i in range(shard, len(pairs), SHARDS):
-                name, data = pairs[i]
+            for i in range(shard, SAMPLES, SHARDS):
+                name, data = pairs[i % len(pairs)]
                 for extension, content in (("jpg", data), ("txt", caption_of(name).encode())):
                     member = tarfile.TarInfo(f"{i:06d}.{extension}")
                     member.size = len(content)

@@ -4,20 +4,19 @@ The crop is chosen from the header alone; the file is then decoded no larger tha
 result is turned, mirrored and jittered.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
-import torch
 from PIL import Image, ImageEnhance
 
-from mmpt.data.decode import DCT_FACTORS, Box, Header, decode_pixels, read_header
+from mmpt.data.crop import dct_factor, random_crop_box, resized_crop
+from mmpt.data.decode import Box, Header, decode_pixels, read_header
 from mmpt.data.decode import ImageError as ImageError
 from mmpt.data.views import ViewConfig
 
-CROP_TRIES = 10
+Shape = int | Callable[[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -80,65 +79,37 @@ def training_image(
     random: gives the stream for a purpose; each choice has its own, so that switching one on leaves the others alone.
     Raises ImageError for what cannot be decoded or is over a limit.
     """
-    return training_images(data, size, config, random, extra_views=0)[0]
+    return training_images(data, size, config, random)[0]
 
 
 def training_images(
-    data: bytes, size: int, config: ImageConfig, random: Callable[[str], np.random.Generator], extra_views: int
+    data: bytes,
+    shape: Shape,
+    config: ImageConfig,
+    random: Callable[[str], np.random.Generator],
+    extra_views: int = 0,
+    view_size: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`training_image`, and V extra crops that are neither jittered nor mirrored yet: uint8 [V, 3, size, size]."""
+    """`training_image`, and V extra crops that are neither jittered nor mirrored yet: [V, 3, view_size, view_size].
+
+    shape: S, for square crops; or what gives the (height, width) that the whole image is resized to, from the width and
+    height that it has: the image is then uint8 [3, height, width], and crop_scale does not matter.
+    """
     header = read_header(data, config.max_pixels, config.max_bytes)
     decoded = cache(lambda factor: decode_pixels(data, header, factor, config.background))
-
-    def crop(scale: tuple[float, float], purpose: str) -> np.ndarray:
-        box = random_crop_box(*header.upright_size, scale, config.crop_ratio, random(purpose))
-        return resized_crop(decoded, header, box, size, config.decode_gap)
-
-    image = vary(crop(config.crop_scale, "crop"), config, random)
-    views = np.empty((extra_views, 3, size, size), dtype=np.uint8)
+    resized = partial(resized_crop, decoded, header, gap=config.decode_gap)
+    width, height = header.upright_size
+    if isinstance(shape, int):
+        box = random_crop_box(width, height, config.crop_scale, config.crop_ratio, random("crop"))
+        image = resized(box, (shape, shape))
+    else:
+        image = resized((0, 0, width, height), shape(width, height))
+    views = []
     for view in range(extra_views):
-        views[view] = crop(config.views.crop_scale, f"view {view} crop").transpose(2, 0, 1)
-    return image, views
-
-
-def resized_crop(decoded: Callable[[int], np.ndarray], header: Header, box: Box, size: int, gap: float) -> np.ndarray:
-    """The box of the upright image, resized: uint8 [size, size, 3], upright.
-
-    decoded: gives the pixels as stored, decoded a factor smaller; see `decode_pixels`.
-
-    The box snaps to whole pixels of the image as decoded, at most half a pixel of 1 / gap of the result's, as
-    torchvision's crop snaps to those of the full image: for boxes of whole pixels torch has an antialiased bicubic
-    resize in integers, four to five times as fast as Pillow's and equal to it within rounding.
-    """
-    factor = dct_factor(header, box, size, gap)
-    left, top, right, bottom = snapped(header, box, factor)
-    pixels = np.ascontiguousarray(decoded(factor)[top:bottom, left:right])
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last
-    resized = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
-    return header.upright(resized[0].permute(1, 2, 0).numpy())
-
-
-def dct_factor(header: Header, box: Box, size: int, gap: float) -> int:
-    """How many times smaller the image may be decoded so that the box keeps gap * size pixels in both directions."""
-    shorter = min(box[2] - box[0], box[3] - box[1])
-    if header.dct:
-        for factor in DCT_FACTORS:
-            if shorter >= factor * gap * size:
-                return factor
-    return 1
-
-
-def snapped(header: Header, box: Box, factor: int) -> tuple[int, int, int, int]:
-    """The box, of the upright image, in whole pixels of the stored image decoded `factor` times smaller."""
-    ends = []
-    stored = [edge / factor for edge in header.as_stored(box)]
-    for first, last, length in ((stored[0], stored[2], header.width), (stored[1], stored[3], header.height)):
-        whole = max(1, length // factor)  # a last pixel that is not all image is left out
-        extent = min(max(1, round(last - first)), whole)
-        start = min(round(first), whole - extent)
-        ends.append((start, start + extent))
-    (left, right), (top, bottom) = ends
-    return left, top, right, bottom
+        scale, purpose = config.views.crop_scale, f"view {view} crop"
+        box = random_crop_box(width, height, scale, config.crop_ratio, random(purpose))
+        views.append(resized(box, (view_size, view_size)).transpose(2, 0, 1))
+    return vary(image, config, random), np.array(views, dtype=np.uint8)
 
 
 def evaluation_image(data: bytes, size: int, config: ImageConfig) -> np.ndarray:
@@ -148,14 +119,31 @@ def evaluation_image(data: bytes, size: int, config: ImageConfig) -> np.ndarray:
     Raises ImageError for what cannot be decoded or is over a limit.
     """
     header = read_header(data, config.max_pixels, config.max_bytes)
-    side = min(header.width, header.height)
-    left, top = (header.width - side) / 2, (header.height - side) / 2
-    box = (left, top, left + side, top + side)
+    width, height = header.upright_size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return _precisely_resized(data, header, (left, top, left + side, top + side), (size, size), config)
+
+
+def whole_evaluation_image(
+    data: bytes, shape: Callable[[int, int], tuple[int, int]], config: ImageConfig
+) -> np.ndarray:
+    """The whole image resized in one antialiased bicubic step: uint8 [3, height, width].
+
+    shape: gives (height, width) of the result, from the width and height of the image.
+    """
+    header = read_header(data, config.max_pixels, config.max_bytes)
+    width, height = header.upright_size
+    return _precisely_resized(data, header, (0, 0, width, height), shape(width, height), config)
+
+
+def _precisely_resized(data: bytes, header: Header, box: Box, size: tuple[int, int], config: ImageConfig) -> np.ndarray:
     factor = dct_factor(header, box, size, config.decode_gap)
     pixels = decode_pixels(data, header, factor, config.background)
-    left, top, right, bottom = (edge / factor for edge in box)
-    square = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-    return _channels_first(header.upright(np.asarray(square)))
+    left, top, right, bottom = (edge / factor for edge in header.as_stored(box))
+    width, height = size if header.turn[0] else (size[1], size[0])  # as stored
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    return _channels_first(header.upright(np.asarray(resized)))
 
 
 def vary(pixels: np.ndarray, config: ImageConfig, random: Callable[[str], np.random.Generator]) -> np.ndarray:
@@ -166,28 +154,6 @@ def vary(pixels: np.ndarray, config: ImageConfig, random: Callable[[str], np.ran
     if config.flip_probability and random("flip").random() < config.flip_probability:
         pixels = pixels[:, ::-1]
     return _channels_first(pixels)
-
-
-def random_crop_box(
-    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], random: np.random.Generator
-) -> Box:
-    """(left, top, right, bottom) in pixels, fractions kept, from the image's size alone: no pixel need be decoded yet.
-
-    A uniform share of the area within `scale` and a log-uniform width / height within `ratio` (Szegedy et al. 2015,
-    "Going deeper with convolutions", section 6, in the form every CLIP uses). After ten that do not fit, the largest
-    centred crop whose ratio is allowed. Draws the same count of random numbers every time.
-    """
-    draws = random.random((CROP_TRIES, 4))
-    for share, aspect, across, down in draws.tolist():
-        area = width * height * (scale[0] + share * (scale[1] - scale[0]))
-        wanted = math.exp(math.log(ratio[0]) + aspect * (math.log(ratio[1]) - math.log(ratio[0])))
-        crop_width, crop_height = math.sqrt(area * wanted), math.sqrt(area / wanted)
-        if crop_width <= width and crop_height <= height:
-            left, top = across * (width - crop_width), down * (height - crop_height)
-            return left, top, min(left + crop_width, width), min(top + crop_height, height)
-    crop_width, crop_height = min(width, height * ratio[1]), min(height, width / ratio[0])
-    left, top = (width - crop_width) / 2, (height - crop_height) / 2
-    return left, top, left + crop_width, top + crop_height
 
 
 def jitter(image: Image.Image, strength: float, random: np.random.Generator) -> Image.Image:

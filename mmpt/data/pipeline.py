@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mmpt.batch import Batch, InputSpec
+from mmpt.batch import Batch, InputSpec, Tokens
 from mmpt.data.cache import CacheConfig
-from mmpt.data.image import ImageConfig, ImageError, evaluation_image, training_images
+from mmpt.data.image import ImageConfig, ImageError, evaluation_image, training_images, whole_evaluation_image
+from mmpt.data.patches import pack_patches, whole_size
 from mmpt.data.quarantine import BadSample, stand_ins
 from mmpt.data.randomness import generator
 from mmpt.data.reader import RawSample
@@ -72,15 +73,26 @@ def training_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tupl
 
 def assemble(pipeline: Pipeline, pairs: Sequence[Pair], epochs: np.ndarray, positions: np.ndarray) -> Batch:
     """Stack, tokenise and pack B pairs. epochs, positions: [B] int64, what keyed their random choices."""
+    images, patches, grids = _images_or_patches([pair.image for pair in pairs], pipeline.inputs)
     return Batch(
-        images=torch.from_numpy(np.stack([pair.image for pair in pairs])),  # [B, 3, H, W]
+        images=images,
         text=tokenise(pipeline.tokenizer, [pair.caption for pair in pairs], pipeline.inputs),
         positions=torch.from_numpy(positions.copy()),
         kept_patches=kept_patches(pipeline, list(zip(epochs.tolist(), positions.tolist(), strict=True))),
         keys=tuple(pair.key for pair in pairs),
         views=_stacked([pair.views for pair in pairs]),  # [B, V, 3, H, W]
         view_parameters=_stacked([pair.view_parameters for pair in pairs]),  # [B, V, 8]
+        patches=patches,
+        grids=grids,
     )
+
+
+def _images_or_patches(
+    images: Sequence[np.ndarray], inputs: InputSpec
+) -> tuple[torch.Tensor, Tokens | None, torch.Tensor | None]:
+    if inputs.image_resize == "square":
+        return torch.from_numpy(np.stack(images)), None, None  # [B, 3, H, W]
+    return torch.empty(len(images), 3, 0, 0, dtype=torch.uint8), *pack_patches(images, inputs.patch_size)
 
 
 def _stacked(arrays: Sequence[np.ndarray]) -> torch.Tensor | None:
@@ -114,7 +126,8 @@ def make_pair(pipeline: Pipeline, raw: RawSample, fields: CaptionFields, epoch: 
     draws = random("caption_field").random() if len(fields.names) > 1 else 0.0, random("caption").random()
     caption = draw_caption(raw.files, fields, *draws)
     inputs, config = pipeline.inputs, pipeline.image
-    image, views = training_images(raw.image(), inputs.image_size, config, random, inputs.extra_views)
+    shape = inputs.image_size if inputs.image_resize == "square" else partial(whole_size, inputs=inputs)
+    image, views = training_images(raw.image(), shape, config, random, inputs.extra_views, inputs.image_size)
     return Pair(raw.key, image, caption, views, draw_views(config.views, random, inputs.extra_views))
 
 
@@ -126,14 +139,18 @@ def evaluation_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tu
     """
     raw = reader.read(work.chunks, work.indices)
     metadata = [describe(sample, pipeline.sources.captions[0]) for sample in raw]
-    images = [_evaluation_image(sample, pipeline) for sample in raw]
+    images, patches, grids = _images_or_patches(
+        [_evaluation_image(sample, pipeline) for sample in raw], pipeline.inputs
+    )
     captions = [(known["captions"] or [""])[0] for known in metadata]
     batch = Batch(
-        images=torch.from_numpy(np.stack(images)),  # [B, 3, H, W]
+        images=images,
         text=tokenise(pipeline.tokenizer, captions, pipeline.inputs),
         positions=torch.from_numpy(work.positions.copy()),
         kept_patches=None,
         keys=tuple(sample.key for sample in raw),
+        patches=patches,
+        grids=grids,
     )
     return batch, metadata
 
@@ -164,8 +181,11 @@ def kept_patches(pipeline: Pipeline, keyed: Sequence[tuple[int, int]]) -> torch.
 
 
 def _evaluation_image(raw: RawSample, pipeline: Pipeline) -> np.ndarray:
+    inputs = pipeline.inputs
     try:
-        return evaluation_image(raw.image(), pipeline.inputs.image_size, pipeline.image)
+        if inputs.image_resize == "square":
+            return evaluation_image(raw.image(), inputs.image_size, pipeline.image)
+        return whole_evaluation_image(raw.image(), partial(whole_size, inputs=inputs), pipeline.image)
     except ImageError as error:
         raise _about(raw, error) from error
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from mmpt.data.crop import random_crop_box
 from mmpt.data.decode import ImageError
-from mmpt.data.image import ImageConfig, decode, evaluation_image, jitter, random_crop_box, training_image
+from mmpt.data.image import ImageConfig, decode, evaluation_image, jitter, training_image
 from mmpt.data.randomness import generator
 from tests.data.shards import picture
 

@@ -11,8 +11,9 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
+from mmpt.data.crop import dct_factor, random_crop_box, snapped
 from mmpt.data.decode import DCT_FACTORS, ImageError, decode_pixels, read_header
-from mmpt.data.image import ImageConfig, dct_factor, decode, evaluation_image, random_crop_box, snapped, training_image
+from mmpt.data.image import ImageConfig, decode, evaluation_image, training_image
 from mmpt.data.randomness import generator
 
 PHOTOS = Path(__file__).parents[2] / "../shared/data/photos/imagenet-samples-400.tar"
@@ -49,7 +50,7 @@ def training_decibels(data: bytes, size: int, config: ImageConfig, position: int
     random = partial(generator, 0, epoch=0, position=position)
     header = read_header(data, MANY, MANY)
     box = random_crop_box(*header.upright_size, config.crop_scale, config.crop_ratio, random("crop"))
-    factor = dct_factor(header, box, size, config.decode_gap)
+    factor = dct_factor(header, box, (size, size), config.decode_gap)
     stored = [float(edge * factor) for edge in snapped(header, box, factor)]
     full = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
     expected = header.upright(np.asarray(full.resize((size, size), Image.Resampling.BICUBIC, box=tuple(stored))))
@@ -138,14 +139,14 @@ def test_the_factor_leaves_the_gap_in_both_directions():
     header = read_header(jpeg(scene(800, 600, 0)), MANY, MANY)
     for width, height in ((800, 600), (800, 448), (800, 447), (300, 300), (112, 600)):
         for gap in (1.0, 1.5, 2.0):
-            factor = dct_factor(header, (0, 0, width, height), 56, gap)
+            factor = dct_factor(header, (0, 0, width, height), (56, 56), gap)
             assert factor == max([1, *(f for f in DCT_FACTORS if min(width, height) / f >= gap * 56)])
     file = io.BytesIO()
     scene(800, 600, 0).save(file, "PNG")
-    assert dct_factor(read_header(file.getvalue(), MANY, MANY), (0, 0, 800, 600), 56, 1.0) == 1
+    assert dct_factor(read_header(file.getvalue(), MANY, MANY), (0, 0, 800, 600), (56, 56), 1.0) == 1
 
 
-def test_boxes_snap_to_whole_pixels_inside_the_image():
+def test_boxes_snap_inside_the_image():
     random = np.random.default_rng(0)
     for _ in range(2000):
         width, height = (int(side) for side in random.integers(1, 70, 2))
@@ -153,12 +154,14 @@ def test_boxes_snap_to_whole_pixels_inside_the_image():
         upright = header.upright_size
         left, right = sorted(random.random(2) * upright[0])
         top, bottom = sorted(random.random(2) * upright[1])
-        factor = int(random.choice([1, 2, 4, 8]))
-        box = snapped(header, (left, top, right, bottom), factor)
-        assert 0 <= box[0] < box[2] <= max(1, width // factor) and 0 <= box[1] < box[3] <= max(1, height // factor)
-        stored = header.as_stored((left, top, right, bottom))
-        if factor == 1:
-            assert max(abs(a - b) for a, b in zip(box, stored, strict=True)) <= 1.5  # 1.5 for a box of no width
+        for factor in (1, 2, 4, 8):
+            box = snapped(header, (left, top, right, bottom), factor)
+            stored = [edge / factor for edge in header.as_stored((left, top, right, bottom))]
+            for axis, side in enumerate((width, height)):
+                first, last, wanted = box[axis], box[axis + 2], stored[axis + 2] - stored[axis]
+                assert first == int(first) >= 0 and last <= side / factor + 1e-9
+                assert abs(first - stored[axis]) <= 1.5
+                assert last - first == (max(1, round(wanted)) if factor == 1 else pytest.approx(wanted))
 
 
 def test_a_scaled_decode_of_a_cut_or_foreign_file_is_an_error():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mmpt.batch import Batch, InputSpec
-from mmpt.data.image import ImageConfig, random_crop_box, training_image, training_images
+from mmpt.data.crop import random_crop_box
+from mmpt.data.image import ImageConfig, training_image, training_images
 from mmpt.data.loader import DataConfig, build_loader
 from mmpt.data.randomness import generator
 from mmpt.data.views import ViewConfig, draw_views
@@ -48,17 +49,17 @@ def test_drawn_as_often_and_as_widely_as_published():
 def test_views_leave_the_image_alone_and_have_crops_of_their_own():
     data, config = picture(8, "jpg", (120, 90)), ImageConfig(flip_probability=0.5, colour_jitter=0.2)
     for i in range(5):
-        image, views = training_images(data, 32, config, randomness(i), extra_views=3)
+        image, views = training_images(data, 32, config, randomness(i), extra_views=3, view_size=32)
         assert np.array_equal(image, training_image(data, 32, config, randomness(i)))
         assert views.shape == (3, 3, 32, 32) and views.dtype == np.uint8
-        fewer = training_images(data, 32, config, randomness(i), extra_views=2)[1]
+        fewer = training_images(data, 32, config, randomness(i), extra_views=2, view_size=32)[1]
         assert np.array_equal(fewer, views[:2]) and not np.array_equal(views[0], views[1])
     assert draw_views(ViewConfig(), randomness(0), 0).shape == (0, 8)
 
 
 def test_a_view_is_the_crop_that_was_drawn_for_it():
     data, config = picture(8, "png", (120, 90)), ImageConfig()
-    views = training_images(data, 32, config, randomness(4), extra_views=2)[1]
+    views = training_images(data, 32, config, randomness(4), extra_views=2, view_size=32)[1]
     for number, view in enumerate(views):
         box = random_crop_box(120, 90, (0.08, 1.0), config.crop_ratio, randomness(4)(f"view {number} crop"))
         one = replace(config, crop_scale=(0.08, 1.0))

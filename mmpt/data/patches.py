@@ -1,0 +1,38 @@
+"""Images of any size as packed patches: what size each becomes, and its patches one after another."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mmpt.batch import InputSpec, Tokens, pack
+
+
+def whole_size(width: int, height: int, inputs: InputSpec) -> tuple[int, int]:
+    """(height, width) in pixels that a whole image is resized to: multiples of the patch size, at least one patch.
+
+    `shorter_side`: the shorter side becomes image_size, unless the longer would exceed longest_side, which it then
+    becomes (Kim et al. 2021, ViLT, section 3; 384 and 639 in its code, which leaves at most 608 pixels). `native`: as
+    it is, unless a side exceeds longest_side. Both sides are then rounded, and cut down to whole patches; the image is
+    resized once, to just that.
+    """
+    scale = 1.0 if inputs.image_resize == "native" else inputs.image_size / min(width, height)
+    if scale * max(width, height) > inputs.longest_side:
+        scale = inputs.longest_side / max(width, height)
+    patch = inputs.patch_size
+    rows, columns = (max(1, int(scale * side + 0.5) // patch) for side in (height, width))
+    return rows * patch, columns * patch
+
+
+def pack_patches(images: Sequence[np.ndarray], patch_size: int) -> tuple[Tokens, torch.Tensor]:
+    """Images [3, H, W] uint8 as sequences of patches, row by row, and the grid (rows, columns) of each, [B, 2] int64.
+
+    A patch is its pixels in the order (channel, row, column), as a convolution's weights have them: x is uint8
+    [T, 3 * patch_size * patch_size]. Sides must be multiples of patch_size.
+    """
+    grids = [(image.shape[1] // patch_size, image.shape[2] // patch_size) for image in images]
+    sequences = []
+    for image, (rows, columns) in zip(images, grids, strict=True):
+        cut = image.reshape(3, rows, patch_size, columns, patch_size).transpose(1, 3, 0, 2, 4)  # [gy, gx, 3, S, S]
+        sequences.append(torch.from_numpy(cut.reshape(rows * columns, -1)))
+    return pack(sequences), torch.tensor(grids)
