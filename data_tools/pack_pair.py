@@ -8,7 +8,8 @@ from PIL import Image
 
 from data_tools.pack_shards import MISSING, NO_CAPTION, SUCCESS, UNDECODABLE, Packed
 from data_tools.pack_sources import ImageSource, Pair
-from mmpt.data.image import ImageConfig, ImageError, decode
+from mmpt.data.decode import ImageError
+from mmpt.data.image import ImageConfig, decode
 
 JPEG_QUALITY = 95
 EXTENSION_OF_MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))

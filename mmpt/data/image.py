@@ -13,7 +13,6 @@ from PIL import Image, ImageEnhance
 
 from mmpt.data.crop import dct_factor, random_crop_box, resized_crop
 from mmpt.data.decode import Box, Header, decode_pixels, read_header
-from mmpt.data.decode import ImageError as ImageError
 from mmpt.data.views import ViewConfig
 
 Shape = int | Callable[[int, int], tuple[int, int]]

@@ -14,7 +14,8 @@ import torch
 
 from mmpt.batch import Batch, InputSpec, Tokens
 from mmpt.data.cache import CacheConfig
-from mmpt.data.image import ImageConfig, ImageError, evaluation_image, training_images, whole_evaluation_image
+from mmpt.data.decode import ImageError
+from mmpt.data.image import ImageConfig, evaluation_image, training_images, whole_evaluation_image
 from mmpt.data.patches import pack_patches, whole_size
 from mmpt.data.quarantine import BadSample, stand_ins
 from mmpt.data.randomness import generator
