@@ -8,7 +8,7 @@ Sequences are packed, never padded: the tokens of all sequences lie one after an
 `offsets` says where each begins. Sequence i is x[offsets[i]:offsets[i + 1]].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -159,13 +159,26 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """On a device, all but positions, view_parameters and grids, which the host reads; copies overlap if pinned."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory, all that `to` moves. The name is the one that torch's DataLoader looks for."""
+        return self._moved(Tensor.pin_memory)
+
+    def moving(self) -> list[Tensor]:
+        """The tensors that `to` moves."""
+        tensors: list[Tensor] = []
+        self._moved(lambda tensor: tensors.append(tensor) or tensor)
+        return tensors
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,
-            images=self.images.to(device, non_blocking=True),
-            text=self.text.to(device),
-            kept_patches=_to(self.kept_patches, device),
-            views=_to(self.views, device),
-            patches=None if self.patches is None else self.patches.to(device),
+            images=move(self.images),
+            text=_moved_tokens(self.text, move),
+            kept_patches=None if self.kept_patches is None else move(self.kept_patches),
+            views=None if self.views is None else move(self.views),
+            patches=None if self.patches is None else _moved_tokens(self.patches, move),
         )
 
     def split(self, parts: int) -> list["Batch"]:
@@ -195,8 +208,8 @@ class Batch:
         ]
 
 
-def _to(tensor: Tensor | None, device: torch.device | str) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
+def _moved_tokens(tokens: Tokens, move: Callable[[Tensor], Tensor]) -> Tokens:
+    return Tokens(move(tokens.x), move(tokens.offsets), tokens.longest)
 
 
 def _rows(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:

@@ -17,7 +17,8 @@ import torch
 
 from mmpt import config, dist, failure
 from mmpt.data import quarantine
-from mmpt.data.loader import Loader, build_loader
+from mmpt.data.device import DeviceLoader
+from mmpt.data.loader import build_loader
 from mmpt.engine.build import Engine, build, check_precision, evaluating
 from mmpt.engine.metrics import Metrics
 from mmpt.engine.optim import learning_rate
@@ -67,37 +68,38 @@ def train(recipe: Recipe) -> None:
     loader = build_loader(
         recipe.data, recipe.method.inputs(), run.seed, run.global_batch, dist.rank(), world_size, progress.data_state
     )
+    deliveries = DeviceLoader(loader, device, parts, overlap=device.type == "cuda")
     writers = Writers(run_dir, progress.step, recipe.total_steps())
-    with closing(loader), closing(writers):
+    with closing(deliveries), closing(writers):
         same_data(progress, loader.fingerprint, run_dir)
         if not loader.exactly_once:
             notes.append("data.stream: exactly-once is off, samples are drawn with replacement and anew on every start")
         for note in notes:
             writers.say(note)
         writers.text("recipe", (run_dir / "recipe.yaml").read_text(), progress.step)
-        loop(recipe, engine, loader, progress, writers, parts)
+        loop(recipe, engine, deliveries, progress, writers)
 
 
-def loop(recipe: Recipe, engine: Engine, loader: Loader, progress: Progress, writers: Writers, parts: int) -> None:
+def loop(recipe: Recipe, engine: Engine, deliveries: DeviceLoader, progress: Progress, writers: Writers) -> None:
     """Step after step, with records, evaluations and checkpoints when they are due."""
     run, run_dir, total_steps = recipe.run, Path(recipe.run.dir), recipe.total_steps()
     last_step = min(total_steps, run.stop_at_step or total_steps)
     metrics = Metrics(run.global_batch, engine.device)
     while progress.step < last_step:
         began = time.perf_counter()
-        batch = next(loader)
+        delivery = next(deliveries)
         waited = time.perf_counter() - began
         lr = learning_rate(recipe.optim, progress.applied_steps, total_steps)
-        result, terms = train_step(engine, [part.to(engine.device) for part in batch.split(parts)], lr)
-        advance(progress, result.applied, loader.state, recipe.engine.max_consecutive_skips)
-        quarantine.append(run_dir, dist.rank(), loader.take_quarantined())
+        result, terms = train_step(engine, delivery.micro_batches, lr)
+        advance(progress, result.applied, delivery.state, recipe.engine.max_consecutive_skips)
+        quarantine.append(run_dir, dist.rank(), delivery.quarantined)
         metrics.add(result, terms, waited, time.perf_counter() - began)
         writers.advance(progress.step)
         last = progress.step == last_step
 
         if last or progress.step % run.log_every_steps == 0:
             record = metrics.record() | {"learning_rate": lr, "samples": progress.data_state}
-            record |= epochs(loader.epochs)
+            record |= epochs(delivery.epochs)
             writers.record(progress.step, record, SHOWN)
         if progress.step == total_steps or due(progress.step, recipe.evals.every_steps):
             with evaluating(engine):

@@ -55,6 +55,7 @@ def start(maker: Dataset, work: Iterable[Work] | None, workers: int) -> Iterator
         multiprocessing_context=context,
         prefetch_factor=BATCHES_AHEAD_PER_WORKER if workers else None,
         worker_init_fn=_begin_worker,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw its own seed from the global generator
     )
     return iter(loader)

@@ -1,0 +1,90 @@
+"""Batches on the device: while a step runs, the next one is already being copied.
+
+Workers hand batches over in pinned memory (torch's allocator reuses the same few buffers); a thread cuts them into
+micro-batches and starts their copies on a stream of its own; the step waits for an event, not for the host.
+"""
+
+import queue
+import threading
+from typing import NamedTuple, Self
+
+import torch
+
+from mmpt.batch import Batch
+from mmpt.data.loader import Loader
+from mmpt.data.quarantine import BadSample
+
+BATCHES_ON_THE_WAY = 1
+
+
+class Delivery(NamedTuple):
+    """A batch as equal micro-batches on the device, and the loader's facts at the moment of its delivery.
+
+    state, epochs: see `Loader`. quarantined: samples of this batch that could not be used.
+    """
+
+    micro_batches: list[Batch]
+    state: int
+    epochs: tuple[float, ...]
+    quarantined: list[BadSample]
+
+
+class DeviceLoader:
+    """An endless iterator over deliveries; see `Loader` for their order. overlap: copy in a thread, one batch ahead."""
+
+    def __init__(self, loader: Loader, device: torch.device, parts: int, overlap: bool):
+        self._loader, self._device, self._parts = loader, device, parts
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ready = queue.Queue[tuple[Delivery, torch.Event | torch.cuda.Event | None] | Exception](
+            BATCHES_ON_THE_WAY
+        )
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._copy_ahead, daemon=True) if overlap else None
+        if self._thread:
+            self._thread.start()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Delivery:
+        """Raises what the loader raises."""
+        if not self._thread:
+            return self._deliver()
+        made = self._ready.get()
+        if isinstance(made, Exception):
+            self._ready.put(made)  # whoever asks again is told again
+            raise made
+        delivery, copied = made
+        if copied is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(copied)
+            for batch in delivery.micro_batches:
+                for tensor in batch.moving():
+                    tensor.record_stream(current)  # or its memory would be reused while the step still reads it
+        return delivery
+
+    def close(self) -> None:
+        """End the thread and the loader. Safe to call twice."""
+        self._closing.set()
+        while self._thread and self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.05)  # the thread may be waiting to hand over
+            except queue.Empty:
+                continue
+        self._loader.close()
+
+    def _deliver(self) -> Delivery:
+        batch = next(self._loader)
+        parts = [part.to(self._device) for part in batch.split(self._parts)]
+        return Delivery(parts, self._loader.state, self._loader.epochs, self._loader.take_quarantined())
+
+    def _copy_ahead(self) -> None:
+        while not self._closing.is_set():
+            try:
+                with torch.cuda.stream(self._stream):  # does nothing where there is none
+                    delivery = self._deliver()
+                    copied = self._stream.record_event() if self._stream else None
+                self._ready.put((delivery, copied))
+            except Exception as error:  # it is raised where the batch is asked for
+                self._ready.put(error)
+                return
