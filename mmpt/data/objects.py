@@ -31,6 +31,7 @@ from mmpt.data.remote import (
     FileFacts,
     ForbiddenError,
     MissingError,
+    NoRangeError,
     RemoteConfig,
     RemoteError,
     TransientError,
@@ -39,8 +40,8 @@ from mmpt.data.remote import (
 
 SCHEMES = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "GOOGLE_BASE_URL", "AZURE_STORAGE_ENDPOINT")
-BLOCK_BYTES = 1 << 18
 CLIENT_ERROR = re.compile(r"\b([34]\d\d) [A-Z]")
+OTHER_RANGE = re.compile(r"Requested \d+\.\.\d+, got")
 RETRIED = ("408", "425", "429")
 
 
@@ -64,7 +65,8 @@ class ObjectFile:
         try:
             answer = self._store.get(self._path, options=options)  # type: ignore[arg-type]
             check_facts(self.place, start, _facts(answer.meta), expected)
-            yield from map(bytes, answer.stream(min_chunk_size=BLOCK_BYTES))
+            # As they arrive: were larger blocks collected first, nobody would see that a connection merely drips.
+            yield from map(bytes, answer.stream(min_chunk_size=1))
         except (BaseError, OSError, ValueError) as error:
             raise _read_error(error, self.place, start) from error
 
@@ -126,6 +128,10 @@ def _read_error(error: Exception, place: str, offset: int) -> Exception:
     if isinstance(error, RemoteError | TransientError):
         return error
     text = _line(error)
+    if "non-partial response when range requested" in text:
+        return NoRangeError(place, offset, "the store answers a range with the whole object", CHECK_PLACE)
+    if OTHER_RANGE.search(text):
+        return NoRangeError(place, offset, f"the store sends another range ({text})", REINDEX_REMOTE)
     if "416 Range Not Satisfiable" in text:
         return ChangedError(place, offset, "the object is shorter than the index has it", REINDEX_REMOTE)
     if isinstance(error, FileNotFoundError):

@@ -99,7 +99,9 @@ def upstream_answers(port: int) -> Answers:
         try:
             connection.request(method, path, body or None, headers)
             response = connection.getresponse()
-            kept = {k: v for k, v in response.getheaders() if k.lower() not in ("connection", "transfer-encoding")}
+            kept = {name.title(): value for name, value in response.getheaders()}
+            for name in ("Connection", "Transfer-Encoding"):
+                kept.pop(name, None)
             return Answer(response.status, kept, response.read())
         finally:
             connection.close()
