@@ -12,6 +12,7 @@ from mmpt.data import storage
 from mmpt.data.cache import CacheConfig, ChunkCache, Range
 from mmpt.data.manifest import IMAGE_EXTENSIONS, Chunk, Manifest
 from mmpt.data.remote import RemoteConfig, RemoteError
+from mmpt.data.scan import image_of
 from mmpt.data.space import SpaceError
 from mmpt.data.tar import REINDEX, Extent, ShardError, read_extents
 
@@ -25,7 +26,7 @@ class RawSample(NamedTuple):
     files: dict[str, bytes]
 
     def image(self) -> bytes:
-        """The file of its one image: the index has made sure that there is one."""
+        """The file of its one image: `Reader` has made sure that there is one."""
         return next(data for extension, data in self.files.items() if extension in IMAGE_EXTENSIONS)
 
 
@@ -101,6 +102,8 @@ class Reader:
         if len(extents) != chunk.stored:
             found = f"{len(extents)} samples where the index has {chunk.stored}"
             raise ShardError(place, chunk.start, found, REINDEX)
+        for extent in extents:
+            image_of(extent, place)
         if chunk.kept is not None:
             extents = [extents[i] for i in chunk.kept.tolist()]
         self._extents[k] = extents

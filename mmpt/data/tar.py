@@ -15,6 +15,10 @@ from mmpt.data.storage import ByteFile
 BLOCK = 512
 TAIL_BYTES = 1 << 16
 LARGEST_EXTENDED_HEADER_BYTES = 1 << 20
+PAX_KEYWORDS = (
+    b"atime", b"charset", b"comment", b"ctime", b"gid", b"gname", b"hdrcharset", b"linkpath", b"mtime", b"path",
+    b"size", b"uid", b"uname",
+)  # fmt: skip
 REPACK = "restore the shard from its source, or write it again with `mmpt-data pack`"
 REINDEX = "restore the shard, or run `mmpt-data index` again if the change was meant"
 
@@ -181,6 +185,8 @@ def _extended_fields(member: Member, data: bytes, shard: str) -> dict[str, str]:
             name, equals, value = data[data.index(b" ") + 1 : length].partition(b"=")
             if not equals or length > len(data) or not value.endswith(b"\n"):
                 raise ValueError("malformed record")
+            if name not in PAX_KEYWORDS and b"." not in name:  # as in VENDOR.keyword; a damaged `path` is no other name
+                raise ValueError(f"unknown keyword {name!r}")
             if name in (b"path", b"size"):
                 fields[name.decode()] = value[:-1].decode("utf-8")
             data = data[length:]
