@@ -26,7 +26,7 @@ from mmpt.data.image import ImageConfig
 PHOTOS = Path(__file__).parents[1] / "../shared/data/photos/imagenet-samples-400.tar"
 CONTENDER = Path(__file__).parent / "loader_parts/contender.py"
 BATCH, IMAGE_SIZE, VOCABULARY = 128, 224, 1000
-BATCHES_PER_ROUND, BATCHES_PER_LARGE_ROUND = 4, 1
+BATCHES_PER_ROUND, BATCHES_PER_LARGE_ROUND = 5, 2
 
 
 def main() -> None:

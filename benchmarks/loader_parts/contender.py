@@ -22,7 +22,7 @@ import torch
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP, as open_clip has them
 CROP_SCALE, CROP_RATIO, TEXT_TOKENS, ENDLESS = (0.9, 1.0), (3 / 4, 4 / 3), 77, 10**8
-WARM_UP_BATCHES, IDLE_SECONDS = 3, 0.3
+WARM_UP_BATCHES, IDLE_SECONDS = 3, 0.8
 
 
 def main() -> None:
@@ -43,21 +43,23 @@ def main() -> None:
 
 def when_idle() -> tuple[float, float]:
     """Waits until the workers have done nothing for a while; (when they stopped, CPU seconds up to then)."""
-    last, stopped = cpu_seconds_of_workers(), time.perf_counter()
+    last, stopped = workers()[1], time.perf_counter()
     while time.perf_counter() - stopped < IDLE_SECONDS:
-        time.sleep(IDLE_SECONDS / 10)
-        now = cpu_seconds_of_workers()
-        if now != last:
+        time.sleep(IDLE_SECONDS / 20)
+        states, now = workers()
+        if now != last or states & {"R", "D"}:  # running, or waiting for a disk
             last, stopped = now, time.perf_counter()
     return stopped, time.process_time() + last
 
 
-def cpu_seconds_of_workers() -> float:
-    ticks = 0
+def workers() -> tuple[set[str], float]:
+    """(states, CPU seconds) of the worker processes; proc(5) has the fields."""
+    states, ticks = set(), 0
     for child in multiprocessing.active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])  # utime, stime
-    return ticks / os.sysconf("SC_CLK_TCK")
+        state, *fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        states.add(state)
+        ticks += int(fields[10]) + int(fields[11])  # utime, stime
+    return states, ticks / os.sysconf("SC_CLK_TCK")
 
 
 def mmpt(shards: Path, tokenizer: str, batch: int, size: int) -> Iterator[int]:
