@@ -189,7 +189,7 @@ def flip_a_header(shard: Path) -> None:
     [
         (lambda shard: shutil.rmtree(shard.parent), 2, "bad"),
         (lambda shard: shard.unlink(), 1, "00000.tar"),
-        (lambda shard: os.truncate(shard, 50_000), 1, "00000.tar"),
+        (lambda shard: os.truncate(shard, 50_000), 2, "00000.tar"),
         (flip_a_header, 2, "00000.tar at byte"),
     ],
     ids=["no folder", "missing shard", "truncated tar", "flipped header"],
