@@ -111,6 +111,7 @@ def upstream_answers(port: int) -> Answers:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer would wait for the acknowledgement of its head
     server: "FaultServer"
 
     def do_GET(self) -> None:

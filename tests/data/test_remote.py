@@ -155,7 +155,8 @@ def test_nobody_listens():
 
 
 def test_retry_after_is_honoured(folder: Path):
-    for header in ("1", formatdate(time.time() + 2.5, usegmt=True)):
+    for as_date in (False, True):
+        header = formatdate(time.time() + 3, usegmt=True) if as_date else "1"
         with serving(folder_answers(folder), Plan(("429",), 1.0, most=1, retry_after=header)) as server:
             fetch(f"{server.url}/a.tar", 0, 10)
             first, second = (seen.time for seen in server.plan.seen)
