@@ -85,11 +85,8 @@ def find_shards(shards: str) -> tuple[str, list[ListedFile]]:
     if "{" in shards or "::" in shards:
         places = storage.expand(shards)
         folder = common_folder(places)
-        files = []
-        for place in places:
-            facts = storage.stat(place)
-            files.append(ListedFile(place[len(folder) :].lstrip("/"), facts.size, facts.version))
-        return folder, files
+        names = [place[len(folder) :].lstrip("/") for place in places]
+        return folder, [ListedFile(name, *facts) for name, facts in zip(names, storage.stat_all(places), strict=True)]
     if not storage.is_folder(shards):
         raise ValueError(f"{shards} is not a folder")
     files = storage.list_files(shards, ".tar")

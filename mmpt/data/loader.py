@@ -175,7 +175,7 @@ def open_sources(config: DataConfig, seed: int, check_shards: bool) -> tuple[Sou
     places = split_sources(config.shards)
     if not places:
         raise ValueError("data.shards is not set: give the folder of the shards")
-    manifests = tuple(load_manifest(place, check_shards) for place in places)
+    manifests = tuple(load_manifest(place, check_shards, config.remote) for place in places)
     sources = Sources(manifests, captions_per_source(config.caption_field, len(places)))
     return sources, sources.mixture(config.weights, seed, config.lanes, config.window_chunks)
 
@@ -222,7 +222,7 @@ def eval_batches(
     """
     manifest, caption_field = load_benchmark(shards), TEXT_LINES
     if manifest is None:
-        manifest, caption_field = load_manifest(shards, check_shards=rank == 0), config.caption_field
+        manifest, caption_field = load_manifest(shards, rank == 0, config.remote), config.caption_field
     sources = Sources((manifest,), captions_per_source(caption_field.split(SEPARATOR)[0], 1))
     pipeline = _pipeline(config, sources, inputs, seed=0)
     work = _evaluation_work(manifest, rank, world_size, batch)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmpt.data import storage
+from mmpt.data.remote import RemoteConfig
 from mmpt.data.tables import Texts, read_tables, write_tables
 from mmpt.data.tar import REINDEX, ShardError
 
@@ -26,8 +27,9 @@ SHOWN = 3  # shards named in an error about many
 class Chunk(NamedTuple):
     """A run of consecutive samples of one shard.
 
-    Bytes [start, stop) of the shard, which hold `stored` samples; to_end: they reach the end of the file. kept: [n]
-    indices of the samples that the index's filter kept, ascending, or None where it kept all.
+    Bytes [start, stop) of the shard, which hold `stored` samples; to_end: they reach the end of the file. digest: see
+    `chunk_digest`; 0 = unknown. kept: [n] indices of the samples that the index's filter kept, ascending, or None where
+    it kept all.
     """
 
     shard: int
@@ -35,6 +37,7 @@ class Chunk(NamedTuple):
     stop: int
     to_end: bool
     stored: int
+    digest: int
     kept: np.ndarray | None
 
 
@@ -51,6 +54,7 @@ class Manifest:
                     where the headers were not read.
     chunk_samples:  samples stored per chunk; the last chunk of a shard may hold fewer.
     chunk_starts:   [K] int64, the byte at which each chunk begins, shard after shard.
+    chunk_digests:  [K] uint32, see `chunk_digest`; zeros where the headers were not read.
     chunk_lengths:  [K] int32, samples of each chunk that are part of the data set: all, unless there is a filter.
     kept:           [K, ceil(chunk_samples / 8)] uint8, a bit for each stored sample, lowest first; [0, 0] = no filter.
     file:           where this was read from, so that another process can map the same file; "" = nowhere.
@@ -64,6 +68,7 @@ class Manifest:
     shard_digests: np.ndarray
     chunk_samples: int
     chunk_starts: np.ndarray
+    chunk_digests: np.ndarray
     chunk_lengths: np.ndarray
     kept: np.ndarray
     file: str = ""
@@ -84,7 +89,7 @@ class Manifest:
         digest = hashlib.sha256(f"{FORMAT_VERSION} {self.chunk_samples}\n".encode())
         for facts in (
             self.names.data, self.names.ends, self.shard_bytes, self.shard_samples, self.shard_digests,
-            self.chunk_starts, self.chunk_lengths, self.kept,
+            self.chunk_starts, self.chunk_digests, self.chunk_lengths, self.kept,
         ):  # fmt: skip
             digest.update(f"{facts.shape}".encode())
             digest.update(np.ascontiguousarray(facts, dtype=facts.dtype.newbyteorder("<")).data)
@@ -109,7 +114,7 @@ class Manifest:
         to_end = k + 1 == int(self.first_chunks[shard + 1])
         stop = int(self.shard_bytes[shard] if to_end else self.chunk_starts[k + 1])
         kept = np.flatnonzero(np.unpackbits(self.kept[k], bitorder="little")) if len(self.kept) else None
-        return Chunk(shard, int(self.chunk_starts[k]), stop, to_end, stored, kept)
+        return Chunk(shard, int(self.chunk_starts[k]), stop, to_end, stored, int(self.chunk_digests[k]), kept)
 
     def __reduce__(self) -> Any:
         """Another process maps the file that this was read from; what is in no file travels whole."""
@@ -117,7 +122,7 @@ class Manifest:
             return _read, (self.file, self.folder)
         return Manifest, (
             self.folder, self.names, self.versions, self.shard_bytes, self.shard_samples, self.shard_digests,
-            self.chunk_samples, self.chunk_starts, self.chunk_lengths, self.kept,
+            self.chunk_samples, self.chunk_starts, self.chunk_digests, self.chunk_lengths, self.kept,
         )  # fmt: skip
 
 
@@ -128,7 +133,8 @@ def save_manifest(manifest: Manifest, path: str | os.PathLike) -> None:
         "names": manifest.names.data, "name_ends": manifest.names.ends, "versions": manifest.versions.data,
         "version_ends": manifest.versions.ends, "shard_bytes": manifest.shard_bytes,
         "shard_samples": manifest.shard_samples, "shard_digests": manifest.shard_digests,
-        "chunk_starts": manifest.chunk_starts, "chunk_lengths": manifest.chunk_lengths, "kept": manifest.kept,
+        "chunk_starts": manifest.chunk_starts, "chunk_digests": manifest.chunk_digests,
+        "chunk_lengths": manifest.chunk_lengths, "kept": manifest.kept,
     }  # fmt: skip
     facts = {
         "format_version": FORMAT_VERSION, "content_hash": manifest.content_hash,
@@ -137,7 +143,7 @@ def save_manifest(manifest: Manifest, path: str | os.PathLike) -> None:
     write_tables(path, tables, facts)
 
 
-def load_manifest(place: str, check_shards: bool = True) -> Manifest:
+def load_manifest(place: str, check_shards: bool = True, remote: RemoteConfig = storage.DEFAULTS) -> Manifest:
     """Read the manifest in this folder, or this manifest file.
 
     check_shards: also list the folder of the shards and hold it against the manifest; where a folder cannot be listed
@@ -151,7 +157,7 @@ def load_manifest(place: str, check_shards: bool = True) -> Manifest:
     if manifest.content_hash != read_tables(path)[1]["content_hash"]:
         raise _damaged(path, "its content hash does not hold")
     if check_shards and storage.can_list(manifest.folder):
-        check_against(manifest, storage.list_files(manifest.folder, ".tar"))
+        check_against(manifest, storage.list_files(manifest.folder, ".tar", remote))
     return manifest
 
 
@@ -186,7 +192,8 @@ def _read(path: str, folder: str = "") -> Manifest:
         return Manifest(
             folder or facts["folder"] or storage.parent(path), Texts(tables["names"], tables["name_ends"]),
             Texts(tables["versions"], tables["version_ends"]), tables["shard_bytes"], tables["shard_samples"],
-            tables["shard_digests"], int(facts["chunk_samples"]), tables["chunk_starts"], tables["chunk_lengths"],
+            tables["shard_digests"], int(facts["chunk_samples"]), tables["chunk_starts"], tables["chunk_digests"],
+            tables["chunk_lengths"],
             tables["kept"], path,
         )  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:

@@ -14,7 +14,7 @@ from mmpt.data.manifest import IMAGE_EXTENSIONS, Chunk, Manifest
 from mmpt.data.remote import RemoteConfig, RemoteError
 from mmpt.data.scan import image_of
 from mmpt.data.space import SpaceError
-from mmpt.data.tar import REINDEX, Extent, ShardError, read_extents
+from mmpt.data.tar import REINDEX, Extent, ShardError, chunk_digest, read_extents, sample_digest
 
 
 class RawSample(NamedTuple):
@@ -104,6 +104,8 @@ class Reader:
             raise ShardError(place, chunk.start, found, REINDEX)
         for extent in extents:
             image_of(extent, place)
+        if chunk.digest and chunk_digest(np.array([sample_digest(extent) for extent in extents])) != chunk.digest:
+            raise ShardError(place, chunk.start, "its files are not those that were indexed", REINDEX)
         if chunk.kept is not None:
             extents = [extents[i] for i in chunk.kept.tolist()]
         self._extents[k] = extents

@@ -14,7 +14,7 @@ from mmpt.data import storage
 from mmpt.data.manifest import IMAGE_EXTENSIONS, Manifest
 from mmpt.data.storage import ListedFile
 from mmpt.data.tables import pack_texts
-from mmpt.data.tar import Extent, ShardError, read_extents
+from mmpt.data.tar import Extent, ShardError, chunk_digest, read_extents, sample_digest
 
 LARGEST_CHUNK_SAMPLES = 256
 CHUNKS_WANTED = 4096
@@ -37,10 +37,12 @@ class KeyFilter(NamedTuple):
 
 class Scan(NamedTuple):
     """What one shard holds: its samples, the first byte of each (or of the first alone, where no other is known), a
-    digest of its layout ([16] uint8), and which samples are kept ([count] bool, None = all)."""
+    digest of each ([count] uint32, None = unknown), one of the whole layout ([16] uint8), and which samples are kept
+    ([count] bool, None = all)."""
 
     count: int
     starts: np.ndarray
+    sample_digests: np.ndarray | None
     digest: np.ndarray
     kept: np.ndarray | None
 
@@ -107,6 +109,7 @@ def assemble(
         shard_digests=np.stack(digests),
         chunk_samples=chunk_samples,
         chunk_starts=np.concatenate([part.starts for part in chunks]),
+        chunk_digests=np.concatenate([part.digests for part in chunks]),
         chunk_lengths=lengths,
         kept=np.concatenate([part.kept_bits(chunk_samples) for part in chunks])
         if any(part.kept is not None for part in chunks) else np.empty((0, 0), np.uint8),
@@ -114,9 +117,11 @@ def assemble(
 
 
 class _Chunks(NamedTuple):
-    """The chunks of one shard: first bytes and lengths [k], and the stored samples that are kept, or None for all."""
+    """The chunks of one shard: first bytes, digests and lengths [k], samples stored [k], and [k, chunk_samples] which
+    of them are kept, or None for all."""
 
     starts: np.ndarray
+    digests: np.ndarray
     lengths: np.ndarray
     stored: np.ndarray
     kept: np.ndarray | None
@@ -128,13 +133,18 @@ class _Chunks(NamedTuple):
 
 
 def _cut(scan: Scan, chunk_samples: int) -> _Chunks:
-    stored = np.minimum(chunk_samples, scan.count - np.arange(0, scan.count, chunk_samples)).astype(np.int32)
+    firsts = np.arange(0, scan.count, chunk_samples)
+    stored = np.minimum(chunk_samples, scan.count - firsts).astype(np.int32)
+    digests = np.zeros(len(stored), dtype=np.uint32)
+    if scan.sample_digests is not None:
+        digests[:] = [chunk_digest(scan.sample_digests[first : first + chunk_samples]) for first in firsts.tolist()]
+    starts = scan.starts[::chunk_samples].copy()
     if scan.kept is None:
-        return _Chunks(scan.starts[::chunk_samples].copy(), stored, stored, None)
+        return _Chunks(starts, digests, stored, stored, None)
     padded = np.zeros(len(stored) * chunk_samples, dtype=bool)
     padded[: scan.count] = scan.kept
     kept = padded.reshape(len(stored), chunk_samples)
-    return _Chunks(scan.starts[::chunk_samples].copy(), kept.sum(1, dtype=np.int32), stored, kept)
+    return _Chunks(starts, digests, kept.sum(1, dtype=np.int32), stored, kept)
 
 
 def scan_shard(task: Task) -> Scan:
@@ -144,24 +154,26 @@ def scan_shard(task: Task) -> Scan:
         return read_headers(task.file, place, task.keep and task.keep.of_shard(task.folder, task.file.name))
     if task.source == "offsets" and task.keep is None:
         starts = read_offsets(f"{place}.idx", task.file.size)
-        return Scan(len(starts), starts, np.zeros(16, np.uint8), None)
+        return Scan(len(starts), starts, None, np.zeros(16, np.uint8), None)
     if task.source == "offsets":
         raise ValueError(f"which samples of {place} to keep is told by their keys: read the headers")
     count = _read_count(task.folder, task.file.name)
-    return Scan(count, np.zeros(min(count, 1), np.int64), np.zeros(16, np.uint8), None)
+    return Scan(count, np.zeros(min(count, 1), np.int64), None, np.zeros(16, np.uint8), None)
 
 
 def read_headers(file: ListedFile, place: str, keep: Callable[[str], bool] | None = None) -> Scan:
     """Read every header of a shard. Raises ShardError for any damage and for a sample without its one image."""
-    digest, starts, keys = hashlib.blake2b(digest_size=16), [], []
+    digest, starts, digests, keys = hashlib.blake2b(digest_size=16), [], [], []
     with storage.open_bytes(place, file.version) as data:
         for extent in read_extents(data, place, 0, file.size, to_end=True):
             image_of(extent, place)
             digest.update(repr(extent).encode())
             starts.append(extent.start)
+            digests.append(sample_digest(extent))
             keys.append(extent.key)
     kept = None if keep is None else np.array([keep(key) for key in keys], dtype=bool)
-    return Scan(len(keys), np.array(starts, np.int64), np.frombuffer(digest.digest(), np.uint8), kept)
+    whole = np.frombuffer(digest.digest(), np.uint8)
+    return Scan(len(keys), np.array(starts, np.int64), np.array(digests, np.uint32), whole, kept)
 
 
 def image_of(extent: Extent, shard: str) -> tuple[str, int, int]:

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from mmpt.data import storage
 
-DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}
+DTYPES = {"U8": np.uint8, "U32": np.uint32, "I32": np.int32, "I64": np.int64}
 LARGEST_HEADER_BYTES = 1 << 20
 FACTS = "facts"  # one entry, because those of safetensors come in a random order
 

@@ -7,8 +7,11 @@ two zero blocks must end it and nothing may follow them.
 Format: POSIX.1-2001 ustar and pax, and GNU long names: what webdataset, img2dataset, tarfile and GNU tar write.
 """
 
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from mmpt.data.storage import ByteFile
 
@@ -57,6 +60,16 @@ class Extent(NamedTuple):
     key: str
     start: int
     files: tuple[tuple[str, int, int], ...]
+
+
+def sample_digest(extent: Extent) -> int:
+    """CRC-32 of a sample's key and of the extension, place and size of each of its files."""
+    return zlib.crc32(repr(extent).encode())
+
+
+def chunk_digest(samples: np.ndarray) -> int:
+    """CRC-32 of the digests of consecutive samples, [n] uint32; never 0, which stands for an unknown one."""
+    return zlib.crc32(samples.astype("<u4").tobytes()) or 1
 
 
 def read_extents(file: ByteFile, shard: str, start: int, stop: int, to_end: bool) -> Iterator[Extent]:

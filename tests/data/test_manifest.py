@@ -37,7 +37,15 @@ def test_facts_of_the_shards(shards: str):
     assert manifest.shard_bytes.tolist() == [(Path(shards) / name).stat().st_size for name in manifest.names]
     assert manifest.chunk_lengths.tolist() == [5] * 8 + [5, 5, 5, 2] + [5] * 8
     assert manifest.shards_of(np.arange(20)).tolist() == [0] * 8 + [2] * 4 + [3] * 8
-    assert manifest.chunk(11) == (2, int(manifest.chunk_starts[11]), int(manifest.shard_bytes[2]), True, 2, None)
+    assert manifest.chunk(11) == (
+        2,
+        int(manifest.chunk_starts[11]),
+        int(manifest.shard_bytes[2]),
+        True,
+        2,
+        int(manifest.chunk_digests[11]),
+        None,
+    )
     assert manifest.chunk(10).stop == manifest.chunk(11).start and not manifest.chunk(10).to_end
 
 

@@ -28,7 +28,8 @@ def synthetic(folder: Path) -> Manifest:
         pack_texts([f"{i:032x}" for i in range(SHARDS)]),
         shard_bytes=np.full(SHARDS, 430_000_000), shard_samples=np.full(SHARDS, SHARD_SAMPLES),
         shard_digests=np.random.default_rng(0).integers(0, 256, (SHARDS, 16), dtype=np.uint8), chunk_samples=CHUNK,
-        chunk_starts=np.tile(np.arange(chunks) * CHUNK * 43_008, SHARDS), chunk_lengths=lengths.reshape(-1),
+        chunk_starts=np.tile(np.arange(chunks) * CHUNK * 43_008, SHARDS),
+        chunk_digests=np.ones(lengths.size, dtype=np.uint32), chunk_lengths=lengths.reshape(-1),
         kept=np.empty((0, 0), np.uint8),
     )  # fmt: skip
 
