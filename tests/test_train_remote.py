@@ -1,16 +1,14 @@
 """The same training from a folder, from a web server and from an S3 endpoint that fail 5 % of requests: equal bits."""
 
-import logging
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import urllib3
-from moto.server import ThreadedMotoServer
 
-from tests.data.fault_server import TRANSIENT, Plan, folder_answers, serving, upstream_answers
+from tests.data.remote.fault_server import TRANSIENT, Plan, folder_answers, serving, upstream_answers
+from tests.data.remote.s3_server import bucket_of, set_credentials
 from tests.test_train import losses, one_line, run_command, scenes, train, weights
 
 __all__ = ["scenes"]
@@ -20,18 +18,8 @@ FAULTS = tuple(fault for fault in TRANSIENT if "drip" not in fault)
 
 @pytest.fixture(scope="module")
 def s3_port(scenes: Path) -> Iterator[int]:
-    """moto's server, its one bucket holding the shards."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    port = server.get_host_and_port()[1]
-    try:
-        urllib3.request("PUT", f"http://127.0.0.1:{port}/bucket")
-        for path in sorted((scenes / "data/train").glob("*.tar")):
-            urllib3.request("PUT", f"http://127.0.0.1:{port}/bucket/train/{path.name}", body=path.read_bytes())
+    with bucket_of(scenes / "data/train") as port:
         yield port
-    finally:
-        server.stop()
 
 
 def train_from(shards: str, scenes: Path, folder: Path) -> subprocess.CompletedProcess:
@@ -46,9 +34,7 @@ def train_from(shards: str, scenes: Path, folder: Path) -> subprocess.CompletedP
 def test_where_the_shards_lie_changes_no_bit(
     scenes: Path, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    set_credentials(monkeypatch)
     local = train(scenes, tmp_path / "local")
     assert local.returncode == 0, local.stdout + local.stderr
 

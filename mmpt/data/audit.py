@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmpt.data.cache import CacheConfig
 from mmpt.data.mixture import Mixture, place_of
 from mmpt.data.order import positions_of
 from mmpt.data.quarantine import rows_of
-from mmpt.data.remote import RemoteConfig
+from mmpt.data.remote.cache import CacheConfig
+from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SourceReader, Sources
 
 BLOCK = 1 << 16  # positions located at a time

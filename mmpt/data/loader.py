@@ -11,15 +11,15 @@ import numpy as np
 
 from mmpt.batch import Batch, InputSpec
 from mmpt.data import storage, workers
-from mmpt.data.ahead import FetchAhead
 from mmpt.data.benchmark import load_benchmark
-from mmpt.data.cache import CacheConfig, ChunkCache
 from mmpt.data.image import ImageConfig
 from mmpt.data.manifest import Manifest, load_manifest
 from mmpt.data.mixture import Mixture, batch_positions, place_of
 from mmpt.data.pipeline import Pipeline, Work
 from mmpt.data.quarantine import BadSample, check_rate
-from mmpt.data.remote import RemoteConfig
+from mmpt.data.remote.ahead import FetchAhead
+from mmpt.data.remote.cache import CacheConfig, ChunkCache
+from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SEPARATOR, Sources, captions_per_source, split_sources
 from mmpt.data.stream import StreamMaker, stream_urls
 from mmpt.data.text import TEXT_LINES, check_vocabulary, load_tokenizer

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmpt.data import storage
-from mmpt.data.remote import RemoteConfig
+from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.tables import Texts, read_tables, write_tables
 from mmpt.data.tar import REINDEX, ShardError
 

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from mmpt.batch import Batch, InputSpec, Tokens
-from mmpt.data.cache import CacheConfig
 from mmpt.data.decode import ImageError
 from mmpt.data.image import ImageConfig, evaluation_image, training_images, whole_evaluation_image
 from mmpt.data.patches import pack_patches, whole_size
 from mmpt.data.quarantine import BadSample, stand_ins
 from mmpt.data.randomness import generator
 from mmpt.data.reader import RawSample
-from mmpt.data.remote import RemoteConfig
+from mmpt.data.remote.cache import CacheConfig
+from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SourceReader, Sources
 from mmpt.data.text import CaptionFields, captions_of, draw_caption, metadata_of, tokenise
 from mmpt.data.views import draw_views

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from mmpt.data import storage
-from mmpt.data.cache import CacheConfig, ChunkCache, Range
 from mmpt.data.manifest import IMAGE_EXTENSIONS, Chunk, Manifest
-from mmpt.data.remote import RemoteConfig, RemoteError
+from mmpt.data.remote.cache import CacheConfig, ChunkCache, Range
+from mmpt.data.remote.ranges import RemoteConfig, RemoteError
+from mmpt.data.remote.space import SpaceError
 from mmpt.data.scan import image_of
-from mmpt.data.space import SpaceError
 from mmpt.data.tar import REINDEX, Extent, ShardError, chunk_digest, read_extents, sample_digest
 
 

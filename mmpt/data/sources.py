@@ -10,13 +10,13 @@ from functools import cached_property
 import numpy as np
 
 from mmpt.data import storage
-from mmpt.data.cache import CacheConfig, Range
 from mmpt.data.manifest import Manifest
 from mmpt.data.mixture import Mixture, smallest_weights
 from mmpt.data.order import Order
 from mmpt.data.permutation import hash_key
 from mmpt.data.reader import RawSample, Reader, range_of
-from mmpt.data.remote import RemoteConfig
+from mmpt.data.remote.cache import CacheConfig, Range
+from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.tar import Extent
 from mmpt.data.text import CaptionFields, caption_fields
 

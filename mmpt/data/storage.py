@@ -14,9 +14,9 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 
-from mmpt.data.objects import SCHEMES as OBJECT_SCHEMES
-from mmpt.data.objects import ObjectFile, is_prefix, list_objects
-from mmpt.data.remote import (
+from mmpt.data.remote.objects import SCHEMES as OBJECT_SCHEMES
+from mmpt.data.remote.objects import ObjectFile, is_prefix, list_objects
+from mmpt.data.remote.ranges import (
     CHECK_PLACE,
     FileFacts,
     MissingError,
@@ -28,7 +28,7 @@ from mmpt.data.remote import (
     check_facts,
     with_retry,
 )
-from mmpt.data.web import WebFile
+from mmpt.data.remote.web import WebFile
 
 DEFAULTS = RemoteConfig()
 
@@ -180,7 +180,7 @@ def parent(place: str) -> str:
 
 
 class _OtherFile:
-    """A file that fsspec opens; see `mmpt.data.remote.Source`."""
+    """A file that fsspec opens; see `mmpt.data.remote.ranges.Source`."""
 
     def __init__(self, place: str):
         self.place = place

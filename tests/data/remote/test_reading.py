@@ -1,7 +1,6 @@
 """Shards from a web server and from an S3 endpoint, over sockets: batches are those of the local files, or one line."""
 
 import io
-import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,19 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import urllib3
-from moto.server import ThreadedMotoServer
 
 from data_tools.index import index
 from mmpt.batch import InputSpec
 from mmpt.data import storage
-from mmpt.data.cache import CacheConfig
 from mmpt.data.loader import DataConfig, build_loader
 from mmpt.data.manifest import Manifest, load_manifest
 from mmpt.data.reader import RawSample, Reader
-from mmpt.data.remote import ChangedError, GaveUpError, MissingError, NoRangeError, RemoteConfig
+from mmpt.data.remote.cache import CacheConfig
+from mmpt.data.remote.ranges import ChangedError, GaveUpError, MissingError, NoRangeError, RemoteConfig
 from mmpt.data.tar import BLOCK, ShardError, read_extents
-from tests.data.fault_server import PERMANENT, TRANSIENT, Plan, folder_answers, serving, upstream_answers
+from tests.data.remote.fault_server import PERMANENT, TRANSIENT, Plan, folder_answers, serving, upstream_answers
+from tests.data.remote.s3_server import bucket_of, set_credentials
 from tests.data.test_tar import damages
 
 NAMES = "{00000..00003}.tar"
@@ -33,26 +31,13 @@ QUICK_TRANSIENT = tuple(fault for fault in TRANSIENT if "drip" not in fault)
 
 @pytest.fixture(scope="module")
 def s3_port(shards: str) -> Iterator[int]:
-    """moto's server, its one bucket holding the shards under train/."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    port = server.get_host_and_port()[1]
-    try:
-        urllib3.request("PUT", f"http://127.0.0.1:{port}/bucket")
-        for path in sorted(Path(shards).glob("*.tar")):
-            answer = urllib3.request("PUT", f"http://127.0.0.1:{port}/bucket/train/{path.name}", body=path.read_bytes())
-            assert answer.status == 200
+    with bucket_of(Path(shards)) as port:
         yield port
-    finally:
-        server.stop()
 
 
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
+    set_credentials(monkeypatch)
 
 
 @contextmanager

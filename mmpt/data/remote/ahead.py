@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
 
-from mmpt.data.cache import ChunkCache, Range
+from mmpt.data.remote.cache import ChunkCache, Range
 
 REMEMBERED = 1 << 14
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmpt.data.ahead import FetchAhead
-from mmpt.data.cache import BLOCK_BYTES, CacheConfig, ChunkCache, Range
-from mmpt.data.remote import MissingError, RemoteConfig
-from mmpt.data.space import SpaceError
-from tests.data.fault_server import Plan, folder_answers, serving
+from mmpt.data.remote.ahead import FetchAhead
+from mmpt.data.remote.cache import BLOCK_BYTES, CacheConfig, ChunkCache, Range
+from mmpt.data.remote.ranges import MissingError, RemoteConfig
+from mmpt.data.remote.space import SpaceError
+from tests.data.remote.fault_server import Plan, folder_answers, serving
 
 CHUNK = 100_000
 CHUNKS = 12

@@ -16,7 +16,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, LocationValueError, NewConnectionError, SSLError, TimeoutError
 
-from mmpt.data.remote import (
+from mmpt.data.remote.ranges import (
     CHECK_PLACE,
     REINDEX_REMOTE,
     ChangedError,
@@ -66,7 +66,7 @@ class _PromptSecurePool(HTTPSConnectionPool):
 
 
 class WebFile:
-    """A file at an http or https URL; see `mmpt.data.remote.Source`."""
+    """A file at an http or https URL; see `mmpt.data.remote.ranges.Source`."""
 
     def __init__(self, place: str, config: RemoteConfig):
         self.place, self._config = place, config

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmpt.data import storage
-from mmpt.data.remote import (
+from mmpt.data.remote.ranges import (
     ChangedError,
     FileFacts,
     ForbiddenError,
@@ -22,8 +22,8 @@ from mmpt.data.remote import (
     RemoteError,
     read_range,
 )
-from mmpt.data.web import WebFile
-from tests.data.fault_server import PERMANENT, TRANSIENT, Answer, Plan, folder_answers, serving
+from mmpt.data.remote.web import WebFile
+from tests.data.remote.fault_server import PERMANENT, TRANSIENT, Answer, Plan, folder_answers, serving
 
 SIZE = 200_000
 QUICK = RemoteConfig(deadline_seconds=30, timeout_seconds=0.3, slowest_bytes_per_second=4096)

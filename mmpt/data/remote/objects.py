@@ -24,7 +24,7 @@ from obstore.exceptions import (
 )  # fmt: skip
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from mmpt.data.remote import (
+from mmpt.data.remote.ranges import (
     CHECK_PLACE,
     REINDEX_REMOTE,
     ChangedError,
@@ -46,7 +46,7 @@ RETRIED = ("408", "425", "429")
 
 
 class ObjectFile:
-    """A file at s3://bucket/path, gs://bucket/path or az://container/path; see `mmpt.data.remote.Source`."""
+    """A file at s3://bucket/path, gs://bucket/path or az://container/path; see `mmpt.data.remote.ranges.Source`."""
 
     def __init__(self, place: str, config: RemoteConfig):
         self.place = place

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import numpy as np
 
 from mmpt.data import storage
-from mmpt.data.remote import FileFacts, GaveUpError, RemoteConfig, read_range
-from mmpt.data.space import POLL_SECONDS, Space, SpaceError
+from mmpt.data.remote.ranges import FileFacts, GaveUpError, RemoteConfig, read_range
+from mmpt.data.remote.space import POLL_SECONDS, Space, SpaceError
 
 BLOCK_BYTES = 1 << 16
 LOCKS = 256
