@@ -17,14 +17,20 @@ def bucket_of(folder: Path) -> Iterator[int]:
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     port = server.get_host_and_port()[1]
+    url = f"http://127.0.0.1:{port}"
     try:
-        urllib3.request("PUT", f"http://127.0.0.1:{port}/bucket")
+        send("POST", f"{url}/moto-api/reset")  # one store serves every server of a process: what others put is there
+        send("PUT", f"{url}/bucket")
         for path in sorted(folder.glob("*.tar")):
-            answer = urllib3.request("PUT", f"http://127.0.0.1:{port}/bucket/train/{path.name}", body=path.read_bytes())
-            assert answer.status == 200
+            send("PUT", f"{url}/bucket/train/{path.name}", path.read_bytes())
         yield port
     finally:
         server.stop()
+
+
+def send(method: str, url: str, body: bytes | None = None) -> None:
+    answer = urllib3.request(method, url, body=body)
+    assert answer.status == 200, (method, url, answer.status, answer.data)
 
 
 def set_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
