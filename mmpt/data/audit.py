@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmpt.data import storage
 from mmpt.data.mixture import Mixture, place_of
 from mmpt.data.order import positions_of
 from mmpt.data.quarantine import rows_of
 from mmpt.data.remote.cache import CacheConfig
-from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SourceReader, Sources
 
 BLOCK = 1 << 16  # positions located at a time
@@ -45,7 +45,7 @@ def seen(
 
     stood_in: see `stand_ins_of`. Raises ShardError for a shard that is not what its manifest says.
     """
-    reader, replaced = SourceReader(sources, CacheConfig(), RemoteConfig()), stood_in or {}
+    reader, replaced = SourceReader(sources, CacheConfig(), storage.DEFAULTS), stood_in or {}
     for first in range(start, stop, BLOCK):
         positions = np.arange(first, min(first + BLOCK, stop), dtype=np.int64)
         place = place_of(mixture, positions)
@@ -65,7 +65,7 @@ def exposures(
 
     Reads the headers of every shard once, then inverts the order: no epoch is walked through.
     """
-    reader, replaced = SourceReader(sources, CacheConfig(), RemoteConfig()), stood_in or {}
+    reader, replaced = SourceReader(sources, CacheConfig(), storage.DEFAULTS), stood_in or {}
     standing_in: dict[tuple[int, str], list[int]] = {}
     if replaced:
         at = np.array(sorted(position for position in replaced if position < stop), dtype=np.int64)

@@ -152,7 +152,9 @@ def load_manifest(place: str, check_shards: bool = True, remote: RemoteConfig = 
     """
     path = storage.join(place, FILE_NAME) if storage.is_folder(place) else place
     if not storage.exists(path):
-        raise ValueError(f"{path} does not exist; build it with `mmpt-data index {storage.parent(path)}`")
+        if path == place:
+            raise ValueError(f"{place} does not exist; give a folder of indexed shards, or a manifest")
+        raise ValueError(f"{path} does not exist; build it with `mmpt-data index {place}`")
     manifest = _read(path)
     if manifest.content_hash != read_tables(path)[1]["content_hash"]:
         raise _damaged(path, "its content hash does not hold")

@@ -43,7 +43,7 @@ class Reader:
         self.manifest = manifest
         self._cache = None
         if not storage.is_local(manifest.folder):
-            self._cache = ChunkCache(cache or CacheConfig(), remote or RemoteConfig())
+            self._cache = ChunkCache(cache or CacheConfig(), remote or storage.DEFAULTS)
         self._remembered_chunks = remembered_chunks
         self._extents: OrderedDict[int, list[Extent]] = OrderedDict()
 

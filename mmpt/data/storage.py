@@ -30,7 +30,8 @@ from mmpt.data.remote.ranges import (
 )
 from mmpt.data.remote.web import WebFile
 
-DEFAULTS = RemoteConfig()
+DEFAULTS = RemoteConfig(deadline_seconds=60.0)
+"""For programs that somebody waits for; a run, which may outlive its server's restart, has its own: `data.remote`."""
 
 
 class ByteFile(Protocol):

@@ -109,6 +109,8 @@ def test_small_sets_get_small_chunks(tmp_path: Path):
 def test_no_manifest_names_the_cure(tmp_path: Path):
     with pytest.raises(ValueError, match=rf"does not exist; build it with `mmpt-data index {tmp_path}`"):
         load_manifest(str(tmp_path))
+    with pytest.raises(ValueError, match="nothing does not exist; give a folder of indexed shards"):
+        load_manifest(str(tmp_path / "nothing"))
 
 
 def test_missing_changed_and_added_shards_are_named(folder: Path):
