@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from mmpt.batch import Tokens, pack, pack_equal
-from mmpt.ops.late_interaction import late_interaction
+from mmpt.ops.late_interaction.op import late_interaction
 
 WIDTH, SHORTEST, LONGEST = 256, 6, 24
 Scores = Callable[[Tokens, Tokens], tuple[Tensor, Tensor]]

@@ -19,7 +19,7 @@ from mmpt.models.dual_tower import DualTower, DualTowerConfig
 from mmpt.models.logit_scale import LogitScale
 from mmpt.models.pooling import without_first_token
 from mmpt.ops.capped_exp import capped_exp
-from mmpt.ops.late_interaction import late_interaction
+from mmpt.ops.late_interaction.op import late_interaction
 from mmpt.ops.token_selection import drop_ends, keep_top_tokens
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmpt.batch import Tokens, pack, unpack
 from mmpt.ops import token_selection as under_test
 from mmpt.ops.token_selection import drop_ends, keep_top_tokens, token_maxima
-from tests.ops.test_late_interaction import LENGTHS, tokens
+from tests.ops.late_interaction.test_op import LENGTHS, tokens
 
 
 def by_hand(own: Tokens, other: Tensor, ratio: float) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """Late interaction against loops over images, texts and tokens; winners, ties, tiles, precision, memory."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,10 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpt.batch import Tokens, pack, pack_equal, unpack
-from mmpt.ops import late_interaction as under_test
-from mmpt.ops.late_interaction import late_interaction
+from mmpt.ops.late_interaction import op
+from mmpt.ops.late_interaction import torch_tiles as under_test
+from mmpt.ops.late_interaction.op import late_interaction
+from mmpt.ops.late_interaction.winners import slices, winner_bytes
 
 WIDTH = 5
 LENGTHS = st.lists(st.integers(1, 7), min_size=1, max_size=5)
@@ -126,13 +130,70 @@ def test_half_precision_sums_in_fp32(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a.double(), b, rtol=rounding, atol=1e-6)
 
 
-def test_autocast_changes_nothing() -> None:
+@pytest.mark.parametrize("lengths", [[6] * 7, [3, 1, 9, 4, 4, 2, 5]], ids=["equal", "ragged"])
+def test_winners_stored_or_found_again_change_nothing(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text = tokens(lengths, 0, torch.float32), tokens([3, 1, 7, 2], 1, torch.float32)
+    kept = gradients(partial(late_interaction, winners="store"), image, text)
+    monkeypatch.setattr(op, "FOUND_AGAIN_BYTES", winner_bytes(image, text) // 3)
+    assert len(list(slices(image, winner_bytes(image, text), op.FOUND_AGAIN_BYTES))) > 2
+    monkeypatch.setattr(op, "STORED_BYTES", winner_bytes(image, text) - 1)
+    for winners in ("recompute", "auto"):
+        found = gradients(partial(late_interaction, winners=winners), image, text)
+        for a, b in zip(found, kept, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_winners_are_kept_only_for_a_backward() -> None:
+    image, text = tokens([6] * 2, 0, torch.float32), tokens([3, 1], 1, torch.float32)
+    x = image.with_x(image.x.requires_grad_())
+
+    def saved(winners: str) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            late_interaction(x, text, winners)  # type: ignore[arg-type]
+        return sum(sizes)
+
+    assert saved("store") - saved("recompute") == winner_bytes(image, text) == 2 * 12 + 2 * 4
+    with torch.no_grad():
+        assert saved("store") == 0
+
+
+def test_torch_knows_the_operator() -> None:
+    """Schema, fake tensors, autograd registration, tracing: PyTorch's own check of an operator."""
+    image, text = tokens([4, 2], 0, torch.float32), tokens([3, 1, 2], 1, torch.float32)
+    v, t = image.x.requires_grad_(), text.x.requires_grad_()
+    for keep in (True, False):
+        torch.library.opcheck(
+            op._forward, (v, t, image.offsets, text.offsets, 4, 3, keep),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
+        )  # fmt: skip
+
+
+def test_compiles_as_one_graph() -> None:
+    image, text = tokens([4, 2], 0, torch.float32), tokens([3, 1, 2], 1, torch.float32)
+    compiled = torch.compile(late_interaction, backend="aot_eager", fullgraph=True)
+    for a, b in zip(gradients(compiled, image, text), gradients(late_interaction, image, text), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text = tokens([4, 2], 0, torch.float32), tokens([3, 1, 2], 1, torch.float32)
+    with pytest.raises(ValueError, match=r"one type and width, got torch.float32 \[6, 5\] .* torch.float64 \[6, 5\]"):
+        late_interaction(image, text.with_x(text.x.double()))
+    with pytest.raises(ValueError, match="up to 65,536 tokens per text, got 65537"):
+        late_interaction(image, text._replace(longest=65537))
+    monkeypatch.setenv("MMPT_LATE_INTERACTION", "abacus")
+    with pytest.raises(ValueError, match="MMPT_LATE_INTERACTION=abacus: there are auto, "):
+        late_interaction(image, text)
+
+
+def test_autocast_rounds_the_inputs_and_nothing_else() -> None:
     image, text = tokens([16] * 3, 0, torch.float32, 64), tokens([5, 9], 1, torch.float32, 64)
-    plain = gradients(late_interaction, image, text)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = gradients(late_interaction, image, text)
-    for a, b in zip(plain, mixed, strict=True):
-        assert torch.equal(a, b)
+    rounded = gradients(late_interaction, image.with_x(image.x.bfloat16()), text.with_x(text.x.bfloat16()))
+    for a, b in zip(mixed, rounded, strict=True):
+        assert torch.equal(a, b.float())
 
 
 def test_nan_comes_out_as_nan() -> None:
@@ -159,13 +220,13 @@ def test_a_text_without_tokens_is_named() -> None:
 class _Largest(TorchDispatchMode):
     """The largest tensor that any operation makes."""
 
-    elements = 0
+    bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
+                self.bytes = max(self.bytes, tensor.nbytes)
         return out
 
 
@@ -174,10 +235,8 @@ def test_memory_is_a_tile_and_not_all_products(monkeypatch: pytest.MonkeyPatch) 
     image, text = pack_equal(torch.randn(64, 49, 16)), tokens(list(range(4, 24)) * 5, 1, torch.float32, 16)
     with _Largest() as largest:
         gradients(late_interaction, image, text)
-    everything = len(image.x) * len(text.x)
-    tile = (1 << 20) // 4
-    assert everything > 8 * tile
-    assert largest.elements <= tile
+    assert 4 * len(image.x) * len(text.x) > 8 * (1 << 20)
+    assert largest.bytes <= 1 << 20
 
 
 @pytest.mark.gpu
