@@ -193,6 +193,33 @@ def gather_tokens(tokens: Tokens) -> Tokens:
     return Tokens(rows, offsets.to(tokens.offsets.dtype), longest)
 
 
+class PassedOn:
+    """A tensor on its way to the next rank, and the previous rank's on its way here."""
+
+    def __init__(self, sent: Tensor, tag: int):
+        self._sent, self._arriving = sent.contiguous(), torch.empty_like(sent)
+        following, previous = (rank() + 1) % world_size(), (rank() - 1) % world_size()
+        operations = [
+            torch_distributed.P2POp(torch_distributed.isend, self._sent, following, tag=tag),
+            torch_distributed.P2POp(torch_distributed.irecv, self._arriving, previous, tag=tag),
+        ]
+        self._works = torch_distributed.batch_isend_irecv(operations)
+
+    def wait(self) -> Tensor:
+        """The previous rank's tensor."""
+        for work in self._works:
+            work.wait()
+        return self._arriving
+
+
+def pass_on(x: Tensor, tag: int = 0) -> PassedOn:
+    """Send a tensor to the next rank of the ring while work goes on; all ranks call it, with equal shapes.
+
+    Tensors that are under way at the same time have different tags.
+    """
+    return PassedOn(x, tag)
+
+
 class _LogSumExpOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -45,6 +45,15 @@ def check_logsumexp(rank: int, world_size: int) -> None:
     torch.testing.assert_close(own.grad, whole.grad[rank])
 
 
+def check_pass_on(rank: int, world_size: int) -> None:
+    """Two tensors under way at once, one of them strided, do not mix; after W hops each is at home."""
+    x, y = torch.full((2, 3), float(rank)), torch.full((3, 2), 100.0 + rank).T
+    for hop in range(1, world_size + 1):
+        first, second = dist.pass_on(x), dist.pass_on(y, tag=1)
+        y, x = second.wait(), first.wait()
+        assert (x == (rank - hop) % world_size).all() and (y == 100 + (rank - hop) % world_size).all()
+
+
 def check_small_things(rank: int, world_size: int) -> None:
     assert dist.gather_objects({"rank": rank}) == [{"rank": r} for r in range(world_size)]
     assert dist.broadcast_object(f"from {rank}") == "from 0"
@@ -56,7 +65,7 @@ def check_small_things(rank: int, world_size: int) -> None:
 
 
 def check_all(rank: int, world_size: int) -> None:
-    for check in (check_gather, check_gather_tokens, check_logsumexp, check_small_things):
+    for check in (check_gather, check_gather_tokens, check_logsumexp, check_pass_on, check_small_things):
         check(rank, world_size)
 
 

@@ -5,17 +5,17 @@ ICML 2021, arXiv 2103.00020.
 New: an image and its caption are told from all others in a large batch by the cosine of one vector each.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mmpt import dist
 from mmpt.batch import Batch, InputSpec, Tokens
 from mmpt.methods.method import Method, Term, contrastive_terms
 from mmpt.models.dual_tower import DualTower, DualTowerConfig
 from mmpt.models.logit_scale import LogitScale
 from mmpt.models.pooling import first_token, last_token
 from mmpt.ops.capped_exp import capped_exp
+from mmpt.ops.contrast.loss import ContrastConfig, contrast
 from mmpt.ops.similarity import similarity
 
 
@@ -26,6 +26,7 @@ class CLIPConfig:
     """Logits start divided by this."""
     max_logit_scale: float = 100.0
     """Logits are never multiplied by more."""
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
 
     def __post_init__(self) -> None:
         if not self.towers.image.class_token:
@@ -43,6 +44,7 @@ class CLIP(Method):
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
+        self.contrast = config.contrast
         self.towers = DualTower(config.towers)
         self.logit_scale = LogitScale(1 / config.initial_temperature, config.max_logit_scale, capped_exp)
 
@@ -59,8 +61,7 @@ class CLIP(Method):
 
     def objective(self, image: Tensor, text: Tensor) -> dict[str, Term]:
         scale = self.logit_scale()
-        logits = scale * similarity(image, dist.gather(text))  # [B, N]
-        return contrastive_terms(logits, logits, scale)
+        return contrastive_terms(contrast(self.score, image, text, scale, self.contrast), len(image), scale)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return {"contrastive": len(batch)}

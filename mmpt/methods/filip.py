@@ -7,19 +7,19 @@ best patch, and the means of these maxima are the two scores of a pair (section 
 Image tokens are the patches, without [CLS]; text tokens include [SOT] and [EOT], as in the authors' later Noah-Wukong.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
-from mmpt import dist
 from mmpt.batch import Batch, InputSpec, Tokens
 from mmpt.methods.method import Method, Term, contrastive_terms
 from mmpt.models.dual_tower import DualTower, DualTowerConfig
 from mmpt.models.logit_scale import LogitScale
 from mmpt.models.pooling import without_first_token
 from mmpt.ops.capped_exp import capped_exp
-from mmpt.ops.late_interaction.op import late_interaction
+from mmpt.ops.contrast.loss import ContrastConfig, contrast
+from mmpt.ops.late_interaction.op import WinnersPolicy, late_interaction
 from mmpt.ops.token_selection import drop_ends, keep_top_tokens
 
 
@@ -30,6 +30,9 @@ class FILIPConfig:
     """Logits start divided by this."""
     max_logit_scale: float = 100.0
     """Logits are never multiplied by more."""
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    winners: WinnersPolicy = "auto"
+    """Where each maximum was found: stored for the backward, found again there, or stored if that takes up to 4 GiB."""
     text_special_tokens: bool = True
     """Whether [SOT] and [EOT] take part in the late interaction."""
     token_keep_ratio: float = 1.0
@@ -76,13 +79,13 @@ class FILIP(Method):
     def objective(self, image: Tokens, text: Tokens) -> dict[str, Term]:
         if self.config.token_keep_ratio < 1.0:
             image, text = keep_top_tokens(image, text, self.config.token_keep_ratio, self.config.scope)
-        s_i2t, s_t2i = late_interaction(image, dist.gather_tokens(text))  # [B, N] each
         scale = self.logit_scale()
-        return contrastive_terms(scale * s_i2t, scale * s_t2i, scale)
+        found = contrast(self.score, image, text, scale, self.config.contrast)
+        return contrastive_terms(found, len(image.offsets) - 1, scale)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return {"contrastive": len(batch)}
 
     def score(self, image: Tokens, text: Tokens) -> tuple[Tensor, Tensor]:
         """(s_i2t, s_t2i), [A, C] each, of every image with every text."""
-        return late_interaction(image, text)
+        return late_interaction(image, text, self.config.winners)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from mmpt import dist
 from mmpt.batch import Batch, InputSpec
-from mmpt.objectives.contrastive import correct_matches, one_sided_info_nce
+from mmpt.ops.contrast.loss import Contrast
+from mmpt.ops.contrast.softmax import Softmax
 
 
 class Term(NamedTuple):
@@ -58,20 +59,37 @@ class Method(nn.Module):
         return self.objective(*self.encode(batch))
 
 
-def contrastive_terms(logits_i2t: Tensor, logits_t2i: Tensor, scale: Tensor) -> dict[str, Term]:
-    """The symmetric contrastive loss of this rank's images against all texts ([B, N] logits), with what is reported."""
-    loss = one_sided_info_nce(logits_i2t, logits_t2i, first_pair(logits_i2t), dist.logsumexp_over_ranks)
-    return {"contrastive": Term(loss, pairs_of(logits_i2t)), **reported_terms(logits_i2t, logits_t2i, scale)}
+def contrastive_terms(found: Contrast, pairs: int, scale: Tensor) -> dict[str, Term]:
+    """The contrastive loss of this rank's pairs; reported are the shares of pairs that score highest in the global
+    batch, both ways, the logit scale, and the probability that has no gradient."""
+    count = torch.full((), float(pairs), device=scale.device)
+    terms = {
+        "contrastive": Term(found.loss, count),
+        "accuracy_i2t": Term(found.correct_i2t, count, 0.0),
+        "accuracy_t2i": Term(found.correct_t2i, count, 0.0),
+        "logit_scale": Term(scale.detach().sum(), torch.ones_like(count), 0.0),
+    }
+    if found.dropped is not None:
+        terms["dropped_probability"] = Term(found.dropped, count, 0.0)
+    return terms
 
 
-def reported_terms(logits_i2t: Tensor, logits_t2i: Tensor, scale: Tensor) -> dict[str, Term]:
-    """Share of pairs that score highest in the global batch, both ways, and the logit scale; weight 0."""
-    count = pairs_of(logits_i2t)
-    first = first_pair(logits_i2t)
-    i2t, t2i = correct_matches(logits_i2t, logits_t2i, first, dist.max_over_ranks, dist.sum_over_ranks)
+@torch.no_grad()
+def reported_terms(logits: Tensor, scale: Tensor) -> dict[str, Term]:
+    """Share of pairs that score highest in the global batch, both ways, given the [B, N] logits of this rank's images
+    with all texts, and the logit scale; weight 0."""
+    first, count = first_pair(logits), pairs_of(logits)
+    own = slice(first, first + len(logits))
+    over_texts = Softmax(len(logits), 1, logits.dtype, logits.device)
+    over_images = Softmax(logits.shape[1], 0, logits.dtype, logits.device)
+    positive = torch.zeros_like(logits, dtype=torch.bool)
+    positive[:, own].fill_diagonal_(True)
+    over_texts.add(logits, positive, slice(None))
+    over_images.add(logits, positive, slice(None))
+    over_images.join_ranks()
     return {
-        "accuracy_i2t": Term(i2t, count, 0.0),
-        "accuracy_t2i": Term(t2i, count, 0.0),
+        "accuracy_i2t": Term(over_texts.correct(slice(None)), count, 0.0),
+        "accuracy_t2i": Term(over_images.correct(own), count, 0.0),
         "logit_scale": Term(scale.detach().sum(), torch.ones_like(count), 0.0),
     }
 

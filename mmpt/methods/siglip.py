@@ -88,7 +88,7 @@ class SigLIP(Method):
         scale = self.logit_scale()
         logits = scale * similarity(image, dist.gather(text)) + self.logit_bias()  # [B, N]
         loss = pairwise_sigmoid(logits, first_pair(logits))
-        return {"sigmoid": Term(loss, pairs_of(logits)), **reported_terms(logits, logits, scale)}
+        return {"sigmoid": Term(loss, pairs_of(logits)), **reported_terms(logits, scale)}
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return {"sigmoid": len(batch)}

@@ -16,7 +16,7 @@ from tests.methods.tiny import CONFIGS, batch
 from tests.ranks import run
 
 PAIRS, STEPS = 8, 2
-METHODS = ("clip", "filip", "siglip")
+METHODS = ("clip", "clip ring", "filip", "filip ring", "siglip")
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=0)
 
 

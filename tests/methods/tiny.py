@@ -11,6 +11,7 @@ from mmpt.models.dual_tower import DualTowerConfig
 from mmpt.models.image import ViTConfig
 from mmpt.models.text import TextTransformerConfig
 from mmpt.models.transformer import TransformerConfig
+from mmpt.ops.contrast.loss import ContrastConfig
 
 VOCABULARY, MAX_TOKENS, IMAGE_SIZE = 40, 10, 16
 TRUNK = TransformerConfig(width=16, depth=2, heads=2)
@@ -20,7 +21,10 @@ TOWERS = DualTowerConfig(ViTConfig(TRUNK, IMAGE_SIZE, 4), TEXT, embed_dim=12)
 CONFIGS: dict[str, MethodConfig] = {
     "clip": CLIPConfig(TOWERS),
     "clip at the cap": CLIPConfig(TOWERS, initial_temperature=0.01),
+    "clip ring": CLIPConfig(TOWERS, contrast=ContrastConfig("ring", score_bytes=8)),
     "filip": FILIPConfig(TOWERS),
+    "filip ring": FILIPConfig(TOWERS, contrast=ContrastConfig("ring")),
+    "filip found again": FILIPConfig(TOWERS, winners="recompute"),
     "filip at the cap": FILIPConfig(TOWERS, initial_temperature=0.01),
     "filip without ends": FILIPConfig(TOWERS, text_special_tokens=False),
     "filip global": FILIPConfig(TOWERS, token_keep_ratio=0.4, scope="global"),

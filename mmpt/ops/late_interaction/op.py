@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mmpt.batch import Tokens
+from mmpt.ops.features import cut
 from mmpt.ops.late_interaction.backends import choose
-from mmpt.ops.late_interaction.winners import index_type, slices, winner_bytes
+from mmpt.ops.late_interaction.winners import index_type, winner_bytes
 
 WinnersPolicy = Literal["store", "recompute", "auto"]
 STORED_BYTES = 4 << 30
@@ -62,6 +63,11 @@ def _check(image: Tokens, text: Tokens) -> None:
                 )
 
 
+def images_at_a_time(image: Tokens, text: Tokens) -> int:
+    """Images whose winners take up to FOUND_AGAIN_BYTES, one at least."""
+    return max(1, (len(image.offsets) - 1) * FOUND_AGAIN_BYTES // max(1, winner_bytes(image, text)))
+
+
 @torch.library.custom_op("mmpt::late_interaction", mutates_args=())
 def _forward(
     v: Tensor, t: Tensor, image_offsets: Tensor, text_offsets: Tensor, longest_image: int, longest_text: int, keep: bool
@@ -95,7 +101,8 @@ def _backward(
         grad_v, grad_t = backend.backward(image, text, word, patch, grad_i2t, grad_t2i)
         return grad_v.to(v.dtype), grad_t.to(t.dtype)
     grad_v, grad_t = v.new_zeros(v.shape), t.new_zeros(t.shape, dtype=grad_i2t.dtype)
-    for part, images, rows in slices(image, winner_bytes(image, text), FOUND_AGAIN_BYTES):
+    for part, images, rows in cut(image, images_at_a_time(image, text)):
+        assert isinstance(part, Tokens)
         _, _, word, patch = backend.forward(part, text, True)
         part_v, part_t = backend.backward(part, text, word, patch, grad_i2t[images], grad_t2i[images])
         grad_v[rows] = part_v.to(v.dtype)

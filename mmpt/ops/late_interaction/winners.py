@@ -6,8 +6,6 @@
 Places count from 0 within their sequence and take a byte where no sequence is longer than 256, two elsewhere.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -39,19 +37,3 @@ def to_indices(place: Tensor, index: torch.dtype) -> Tensor:
 def as_places(indices: Tensor) -> Tensor:
     """What was read through an `indexable` view, as int64."""
     return indices.long() if indices.dtype == torch.uint8 else indices.long() & 0xFFFF
-
-
-def slices(image: Tokens, total_bytes: int, slice_bytes: int) -> Iterator[tuple[Tokens, slice, slice]]:
-    """Runs of images whose winners take up to slice_bytes each (one image at least), as (tokens, images, rows).
-
-    Images of one length are cut without waiting for the device.
-    """
-    count, longest = len(image.offsets) - 1, image.longest
-    each = max(1, count * slice_bytes // max(1, total_bytes))
-    equal = count * longest == len(image.x)
-    ends = range(0, (count + 1) * longest, longest) if equal else image.offsets.tolist()
-    for first in range(0, count, each):
-        last = min(first + each, count)
-        rows = slice(ends[first], ends[last])
-        offsets = image.offsets[first : last + 1]
-        yield Tokens(image.x[rows], offsets - offsets[0], longest), slice(first, last), rows
