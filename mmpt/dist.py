@@ -197,7 +197,8 @@ class PassedOn:
     """A tensor on its way to the next rank, and the previous rank's on its way here."""
 
     def __init__(self, sent: Tensor, tag: int):
-        self._sent, self._arriving = sent.contiguous(), torch.empty_like(sent)
+        self._sent = sent.contiguous()
+        self._arriving = torch.empty_like(self._sent)
         following, previous = (rank() + 1) % world_size(), (rank() - 1) % world_size()
         operations = [
             torch_distributed.P2POp(torch_distributed.isend, self._sent, following, tag=tag),
