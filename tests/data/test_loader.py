@@ -197,7 +197,7 @@ def test_a_shard_damaged_after_indexing_stops_with_its_error(
     ("change", "message"),
     [
         ({"shards": ""}, "data.shards is not set"),
-        ({"shards": "/nowhere"}, "mmpt-data index"),
+        ({"shards": "/nowhere"}, "/nowhere does not exist; give a folder of indexed shards, or a manifest"),
         ({"tokenizer": "/nowhere"}, "no tokenizer at '/nowhere'"),
         ({"weights": (1, 2)}, "data.weights has 2 numbers for 1 sources"),
         ({"caption_field": "txt::txt"}, "data.caption_field names 2 sources and data.shards 1"),
