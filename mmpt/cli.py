@@ -2,6 +2,7 @@
 
     mmpt recipes                                             every recipe with its number of parameters
     mmpt eval RUN_DIR --task retrieval:SHARDS                zero-shot classification, retrieval, scenes
+    mmpt plan --recipe filip.vit_l14 --gpus 64               memory and FLOPs per device, before anything runs
     mmpt report RUN_DIR                                      RUN_DIR/report.html, and its tables here
 
 `deepspeed --num_accelerators 8 --module mmpt.cli eval RUN_DIR ...` shares the evaluation among eight ranks.
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from mmpt import cli_audit, config, dist, failure
+from mmpt import cli_audit, cli_plan, config, dist, failure
 from mmpt.engine.checkpoint import weights
 from mmpt.engine.resume import find_checkpoint
 from mmpt.evals.findings import find, text_table
@@ -41,10 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_evaluation_arguments(verb)
     verb.add_argument("--title", default="", help="heading of the report [the run directory's name]")
     cli_audit.add_arguments(verbs.add_parser("audit", help="tell which samples a run has seen, and when"))
-    parsed = parser.parse_args(arguments)
-    run = {"recipes": print_recipes, "eval": run_eval, "report": run_report, "audit": cli_audit.run}[parsed.verb]
+    verb = verbs.add_parser("plan", help="tell what a recipe will need on each device", allow_abbrev=False)
+    cli_plan.add_arguments(verb)
+    parsed, flags = parser.parse_known_args(arguments)
+    if flags and parsed.verb != "plan":
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    run = {"recipes": print_recipes, "eval": run_eval, "report": run_report, "audit": cli_audit.run}
     try:
-        run(parsed)
+        if parsed.verb == "plan":
+            cli_plan.run(parsed, flags)
+        else:
+            run[parsed.verb](parsed)
     except (ValueError, OSError, RuntimeError) as error:
         failure.report("mmpt", error)
         return 1

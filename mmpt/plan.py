@@ -1,0 +1,272 @@
+"""What a recipe will need on each device, before anything runs: bytes by part, FLOPs by part, and what would help.
+
+What autograd keeps of a transformer block is not guessed: one block of the real width runs here, on a CPU, at two
+lengths, and what it saves per token is the difference. The rest is arithmetic over the recipe. Not counted: the
+allocator's fragmentation, the libraries' workspaces, the loader's memory.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmpt.batch import pack_equal
+from mmpt.engine.optim import freeze
+from mmpt.methods.filip import FILIPConfig
+from mmpt.methods.siglip import SigLIPConfig
+from mmpt.models.transformer import Block, TransformerConfig
+from mmpt.ops.contrast.loss import ContrastConfig
+from mmpt.ops.late_interaction.op import FOUND_AGAIN_BYTES, STORED_BYTES
+from mmpt.ops.late_interaction.winners import index_type
+from mmpt.recipe import Recipe
+
+
+class Part(NamedTuple):
+    name: str
+    bytes: float
+    why: str
+    """What it is a product of."""
+
+
+class Work(NamedTuple):
+    name: str
+    flops: float
+    """Per step and device; a multiplication with its addition counts 2."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A recipe on so many devices, with texts of so many tokens on average, special tokens included."""
+
+    recipe: Recipe
+    devices: int
+    mean_tokens: float
+
+    @property
+    def pairs(self) -> int:
+        """B, per device and step."""
+        return self.recipe.run.global_batch // self.devices
+
+    @property
+    def micro_batches(self) -> int:
+        return self.recipe.micro_batches(self.devices)
+
+    @property
+    def half(self) -> int:
+        """Bytes of a number in the compute type."""
+        return 4 if self.recipe.engine.precision == "fp32" else 2
+
+
+class Tower(NamedTuple):
+    name: str
+    trunk: TransformerConfig
+    tokens: float
+    """Of one sequence, on average."""
+    inputs: int
+    """Numbers per token that enter the tower's embedding product; 0 where it is a table."""
+
+
+def towers(setting: Setting) -> list[Tower]:
+    config: Any = setting.recipe.method
+    pads = isinstance(config, SigLIPConfig)
+    config = config if pads else config.towers
+    image, text = config.image, config.text
+    tokens = text.max_tokens if pads else min(setting.mean_tokens, text.max_tokens)
+    return [
+        Tower("image tower", image.trunk, image.kept_patches + image.class_token, 3 * image.patch_size**2),
+        Tower("text tower", text.trunk, tokens, 0),
+    ]
+
+
+def memory(setting: Setting) -> list[Part]:
+    """Bytes per device by part, at their highest; the parts do not all peak at the same moment."""
+    return [*_state(setting), *_activations(setting), *_loss_memory(setting)]
+
+
+def _state(setting: Setting) -> Iterator[Part]:
+    """Parameters, gradients and optimizer as DeepSpeed holds them (Rajbhandari et al. 2020, figure 1)."""
+    engine, ranks = setting.recipe.engine, setting.devices
+    with torch.device("meta"):
+        method = setting.recipe.method.build()
+    freeze(method, setting.recipe.optim.lock)
+    count = sum(parameter.numel() for parameter in method.parameters())
+    trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+    stage = engine.zero_stage
+    each = 4 if stage == 0 else setting.half  # stage 0 keeps fp32 and casts on the fly
+    shared = f"/ {ranks}"
+    yield Part("parameters", each * (count / ranks if stage == 3 else count), f"{count:,} x {each} bytes" + (
+        f" {shared}" if stage == 3 else ""))  # fmt: skip
+    if stage == 3:
+        live = min(count, 1_000_000_000)
+        yield Part("parameters gathered", each * live, "of the layers at work; all, up to a billion")
+    yield Part("gradients", each * (trained / ranks if stage >= 2 else trained), f"{trained:,} x {each} bytes" + (
+        f" {shared}" if stage >= 2 else ""))  # fmt: skip
+    per = 8 if stage == 0 else 12
+    what = "two moments in fp32" + ("" if stage == 0 else " and the weights")
+    yield Part("optimizer", per * trained / (ranks if stage else 1), what + (f" {shared}" if stage else ""))
+    if stage:
+        yield Part("buckets", 2 * setting.half * min(trained, engine.bucket_elements), "engine.bucket_elements, twice")
+
+
+def _activations(setting: Setting) -> Iterator[Part]:
+    pairs = setting.pairs // setting.micro_batches
+    for tower in towers(setting):
+        width, depth, tokens = tower.trunk.width, tower.trunk.depth, pairs * tower.tokens
+        block = saved_bytes_per_token(tower.trunk, max(1, round(tower.tokens)), setting)
+        if tower.trunk.checkpoint_activations:
+            kept = depth * width * setting.half + block
+            why = f"{depth} block inputs and one block"
+        else:
+            kept, why = depth * block, f"{depth} blocks x {block:,.0f} bytes a token"
+        yield Part(f"activations, {tower.name}", tokens * kept, f"{pairs} x {tower.tokens:g} tokens x {why}")
+
+
+def saved_bytes_per_token(trunk: TransformerConfig, length: int, setting: Setting) -> float:
+    """What autograd keeps of one block for each token of sequences of this length."""
+    casts = setting.recipe.engine.zero_stage == 0 and setting.half == 2
+    dtype = torch.float32 if casts or setting.half == 4 else torch.bfloat16
+    torch_state = torch.get_rng_state()
+    block = Block(trunk, causal=False, drop_path=0.0).to(dtype)
+    torch.set_rng_state(torch_state)
+
+    def saved(sequences: int) -> int:
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        tokens = pack_equal(torch.zeros(sequences, length, trunk.width, dtype=dtype))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+                out = block(tokens.x.requires_grad_(), tokens)
+            for parameter in block.parameters():
+                storages.pop(parameter.untyped_storage().data_ptr(), None)
+            del out
+        return sum(storages.values())
+
+    return (saved(2) - saved(1)) / length
+
+
+class Meeting(NamedTuple):
+    """How features meet in the loss."""
+
+    width: int
+    image_tokens: float
+    text_tokens: float
+    """Vectors per sequence: 1 where a pair's score is one product."""
+    contrast: ContrastConfig
+
+
+def meeting(setting: Setting) -> Meeting:
+    config: Any = setting.recipe.method
+    if isinstance(config, SigLIPConfig):
+        return Meeting(config.image.trunk.width, 1, 1, ContrastConfig())
+    if not isinstance(config, FILIPConfig):
+        return Meeting(config.towers.embed_dim, 1, 1, config.contrast)
+    text = towers(setting)[1].tokens - (0 if config.text_special_tokens else 2)
+    share = config.token_keep_ratio
+    return Meeting(
+        config.towers.embed_dim, share * config.towers.image.kept_patches, max(1, share * text), config.contrast
+    )
+
+
+def _loss_memory(setting: Setting) -> Iterator[Part]:
+    meet, pairs, count = meeting(setting), setting.pairs, setting.recipe.run.global_batch
+    ring = meet.contrast.exchange == "ring"
+    number, columns = setting.half * meet.width, pairs if ring else count
+    own = pairs * (meet.image_tokens + meet.text_tokens) * number
+    yield Part("features and their gradients", 2 * own, f"{pairs} pairs x {meet.width} numbers a vector")
+    texts, why = (4, "those under way, theirs in fp32") if ring else (2, "with their gradients")
+    if setting.devices > 1:
+        size = columns * meet.text_tokens * number
+        yield Part("texts of other devices", texts * size, f"{columns:,} x {meet.text_tokens:g} vectors, {why}")
+    scores = 8.0 * pairs * columns
+    yield Part("scores", min(scores, meet.contrast.score_bytes), f"8 bytes x {pairs} images x {columns:,} texts")
+    if isinstance(setting.recipe.method, FILIPConfig):
+        winners = winners_of(setting, columns)
+        stored = setting.recipe.method.winners == "store" or (
+            setting.recipe.method.winners == "auto" and winners <= STORED_BYTES
+        )
+        planned = winners if stored else min(winners, FOUND_AGAIN_BYTES)
+        yield Part("winners", planned, "stored" if stored else f"found again a part at a time; all: {gib(winners)} GiB")
+
+
+def winners_of(setting: Setting, columns: int) -> float:
+    """Bytes of where every maximum of this device's images with `columns` texts was found."""
+    meet, longest = meeting(setting), setting.recipe.method.inputs()
+    of_patches = meet.image_tokens * index_type(longest.max_text_tokens).itemsize
+    of_words = meet.text_tokens * index_type(longest.kept_patches).itemsize
+    return setting.pairs * columns * (of_patches + of_words)
+
+
+def work(setting: Setting) -> list[Work]:
+    """FLOPs per step and device, by part: matrix products only.
+
+    A block: 24 D^2 for each token and 4 L D for its attention (Kaplan et al. 2020, table 1); a step is three forwards,
+    one more where activations or features are computed twice.
+    """
+    out = []
+    for tower in towers(setting):
+        width, depth, tokens = tower.trunk.width, tower.trunk.depth, setting.pairs * tower.tokens
+        mlp = 4 * tower.trunk.mlp_ratio * width**2
+        block = 8 * width**2 + mlp + 4 * tower.tokens * width
+        passes = 3 + tower.trunk.checkpoint_activations + (setting.micro_batches > 1)
+        out.append(Work(tower.name, passes * tokens * (depth * block + 2 * tower.inputs * width)))
+    meet, count = meeting(setting), setting.recipe.run.global_batch
+    once = 2.0 * setting.pairs * count * meet.image_tokens * meet.text_tokens * meet.width
+    ring = meet.contrast.exchange == "ring" and setting.devices > 1
+    twice = ring or 8 * setting.pairs * count > meet.contrast.score_bytes
+    found_again = any(part.name == "winners" and part.why != "stored" for part in _loss_memory(setting))
+    out.append(Work("similarity", once * (3 + (twice or found_again))))
+    return out
+
+
+class Knob(NamedTuple):
+    flags: str
+    bytes: float
+    """Per device, with it."""
+    flops: float
+
+
+def knobs(setting: Setting) -> list[Knob]:
+    """Single changes that save memory, most first."""
+    now, found = sum(part.bytes for part in memory(setting)), []
+    for flags, changed in _changes(setting):
+        total = sum(part.bytes for part in memory(changed))
+        if total < 0.99 * now:
+            found.append(Knob(flags, total, sum(part.flops for part in work(changed))))
+    return sorted(found, key=lambda knob: knob.bytes)
+
+
+def _changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    recipe = setting.recipe
+    config: Any = recipe.method
+
+    def changed(**parts: Any) -> Setting:
+        return replace(setting, recipe=replace(recipe, **parts))
+
+    share = setting.pairs // setting.micro_batches // 2
+    if share and not setting.pairs % share:
+        yield f"--engine.max_micro_batch {share}", changed(engine=replace(recipe.engine, max_micro_batch=share))
+    if recipe.engine.zero_stage < 3:
+        stage = recipe.engine.zero_stage + 1
+        yield f"--engine.zero_stage {stage}", changed(engine=replace(recipe.engine, zero_stage=stage))
+    if not isinstance(config, SigLIPConfig):
+        saving = config.towers
+        for side in ("image", "text"):
+            tower = getattr(saving, side)
+            saving = replace(saving, **{side: replace(tower, trunk=replace(tower.trunk, checkpoint_activations=True))})
+            flag = f"--method.towers.{side}.trunk.checkpoint_activations true"
+            one = replace(config.towers, **{side: getattr(saving, side)})
+            yield flag, changed(method=replace(config, towers=one))
+        ring = replace(config.contrast, exchange="ring")
+        yield "--method.contrast.exchange ring", changed(method=replace(config, contrast=ring))
+    if isinstance(config, FILIPConfig):
+        yield "--method.winners recompute", changed(method=replace(config, winners="recompute"))
+
+
+def gib(count: float) -> str:
+    return f"{count / (1 << 30):.2f}"
