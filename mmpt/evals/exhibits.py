@@ -1,16 +1,16 @@
 """What the report shows rather than counts: some retrievals, and which patches some words matched."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmpt.batch import Tokens, unpack
 from mmpt.evals.alignment import Span, kept_spans, object_at, patch_grid, tokens_of, word_maps, word_spans
-from mmpt.evals.features import Features, slices
-from mmpt.evals.retrieval import Truth
+from mmpt.evals.features import select
+from mmpt.evals.retrieval import Truth, from_images, from_texts
+from mmpt.ops.features import Features
+from mmpt.ops.search import Best, search
 
 SHOWN_ANSWERS = 5
 
@@ -43,30 +43,21 @@ def evenly(total: int, wanted: int) -> list[int]:
     return [(2 * i + 1) * total // (2 * wanted) for i in range(wanted)]
 
 
-@torch.no_grad()
-def text_queries(method: Any, image: Features, text: Features, truth: Truth, queries: Sequence[int]) -> list[Retrieval]:
+def text_queries(method: Any, image: Features, text: Features, truth: Truth, queries: list[int]) -> list[Retrieval]:
     """For each of these texts, the images that score highest by s_t2i."""
-    found = []
-    chosen = [list(slices(text, 1))[query] for query in queries]
-    for query, one in zip(queries, chosen, strict=True):
-        scores = torch.cat([method.score(part, one)[1][:, 0] for part in slices(image, 256)])
-        best = scores.topk(min(SHOWN_ANSWERS, len(scores))).indices.tolist()
-        found.append(Retrieval(query, tuple((i, i in truth.images_of_text[query]) for i in best)))
-    return found
+    best = search(from_texts(method), select(text, queries), image, SHOWN_ANSWERS)
+    return _judged(best, queries, truth.images_of_text)
 
 
-@torch.no_grad()
-def image_queries(
-    method: Any, image: Features, text: Features, truth: Truth, queries: Sequence[int]
-) -> list[Retrieval]:
+def image_queries(method: Any, image: Features, text: Features, truth: Truth, queries: list[int]) -> list[Retrieval]:
     """For each of these images, the texts that score highest by s_i2t."""
-    found = []
-    chosen = [list(slices(image, 1))[query] for query in queries]
-    for query, one in zip(queries, chosen, strict=True):
-        scores = torch.cat([method.score(one, part)[0][0] for part in slices(text, 256)])
-        best = scores.topk(min(SHOWN_ANSWERS, len(scores))).indices.tolist()
-        found.append(Retrieval(query, tuple((t, t in truth.texts_of_image[query]) for t in best)))
-    return found
+    best = search(from_images(method), select(image, queries), text, SHOWN_ANSWERS)
+    return _judged(best, queries, truth.texts_of_image)
+
+
+def _judged(best: Best, queries: list[int], right: list[list[int]]) -> list[Retrieval]:
+    answers = zip(queries, best.places.tolist(), strict=True)
+    return [Retrieval(query, tuple((place, place in right[query]) for place in places)) for query, places in answers]
 
 
 def words_on_image(

@@ -1,4 +1,4 @@
-"""Features of a data set, spread over ranks: encoding in step, slicing, gathering.
+"""Features of a data set, spread over ranks: encoding in step, choosing, gathering.
 
 Features are what a method's encoders return: [A, D] vectors, or `Tokens` with A sequences. Parameters are used only
 through `call(name, *args)`, the engine or the plain method. With sharded parameters every call is a collective, so
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmpt import dist
 from mmpt.batch import InputSpec, Tokens, concatenate, pack, pack_equal, unpack
+from mmpt.ops.features import Features, sequences
 
-Features = Tensor | Tokens
 Call = Callable[..., Any]
 T = TypeVar("T")
 
@@ -48,36 +48,11 @@ def encode_all_texts(call: Call, parts: Iterator[Tokens], inputs: InputSpec, dev
     return join([encode_texts(call, ids, inputs, device) for ids in in_step(parts, device)])
 
 
-def count(features: Features) -> int:
-    """A, the number of images or texts."""
-    return len(features.offsets) - 1 if isinstance(features, Tokens) else len(features)
-
-
-def device_of(features: Features) -> torch.device:
-    return features.x.device if isinstance(features, Tokens) else features.device
-
-
 def join(parts: Sequence[Features]) -> Features:
     """All parts, at least one and all of one kind, in order."""
     if isinstance(parts[0], Tokens):
         return concatenate([part for part in parts if isinstance(part, Tokens)])
     return torch.cat([part for part in parts if isinstance(part, Tensor)])
-
-
-def slices(features: Features, size: int) -> Iterator[Features]:
-    """Consecutive parts of at most `size` images or texts; nothing where there are none."""
-    total = count(features)
-    if not isinstance(features, Tokens):
-        for first in range(0, total, size):
-            yield features[first : first + size]
-        return
-    bounds = features.offsets.tolist()
-    for first in range(0, total, size):
-        last = min(first + size, total)
-        longest = max(b - a for a, b in zip(bounds[first:last], bounds[first + 1 : last + 1]))
-        yield Tokens(
-            features.x[bounds[first] : bounds[last]], features.offsets[first : last + 1] - bounds[first], longest
-        )
 
 
 def select(features: Features, index: list[int]) -> Features:
@@ -97,9 +72,9 @@ def gather_features(features: Features) -> Features:
     """Every rank's features in rank order, on every rank; ranks may hold different numbers, not all 0. Collective."""
     if dist.world_size() == 1:
         return features
-    counts = dist.gather_objects(count(features))
+    counts = dist.gather_objects(sequences(features))
     most = max(counts)
-    padded = join([features, *[_blank(features)] * (most - count(features))])
+    padded = join([features, *[_blank(features)] * (most - sequences(features))])
     everything = dist.gather_tokens(padded) if isinstance(padded, Tokens) else dist.gather(padded)
     return select(everything, [r * most + i for r, held in enumerate(counts) for i in range(held)])
 

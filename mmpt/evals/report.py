@@ -12,13 +12,14 @@ from mmpt.batch import InputSpec, Tokens
 from mmpt.data.loader import DataConfig
 from mmpt.data.text import load_tokenizer
 from mmpt.evals.exhibits import evenly, image_queries, text_queries, words_on_image
-from mmpt.evals.features import Features, join
+from mmpt.evals.features import join
 from mmpt.evals.findings import Findings
 from mmpt.evals.report_curves import draw, read_curves
 from mmpt.evals.report_pictures import Album, image_query, text_query, word_maps_figure
 from mmpt.evals.report_tables import retrieval_table, short_name, tiles, understanding
 from mmpt.evals.retrieval import find_truth
 from mmpt.evals.suite import EvalConfig, Rank, caption_list, what_is_said
+from mmpt.ops.features import Features
 
 SHOWN_QUERIES = 6
 SEARCHED_IMAGES = 1000

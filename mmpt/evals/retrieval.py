@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from mmpt import dist
-from mmpt.evals.features import Features, count, device_of, gather_features, slices
+from mmpt.evals.features import gather_features
 from mmpt.evals.ranking import chance_hits, expected_hits
+from mmpt.ops.features import Features, cut, sequences, values
+from mmpt.ops.search import Score
 
 KS = (1, 5, 10)
 QUERIES_AT_ONCE = 256
@@ -65,7 +67,7 @@ def retrieval(method: Any, pairs: Pairs) -> Iterator[tuple[str, float]]:
     Memory: the other side's features of the whole data set, and QUERIES_AT_ONCE rows of scores. ValueError for an image
     without a text.
     """
-    shares = dist.gather_objects((count(pairs.image), pairs.owner, pairs.says))
+    shares = dist.gather_objects((sequences(pairs.image), pairs.owner, pairs.says))
     first_image = [sum(share[0] for share in shares[:r]) for r in range(len(shares))]
     first_text = [sum(len(share[1]) for share in shares[:r]) for r in range(len(shares))]
     owner = [image + first for (_, owners, _), first in zip(shares, first_image) for image in owners]
@@ -75,10 +77,12 @@ def retrieval(method: Any, pairs: Pairs) -> Iterator[tuple[str, float]]:
     images, texts, rank = len(truth.texts_of_image), len(truth.images_of_text), dist.rank()
 
     all_texts = gather_features(pairs.text)
-    i2t = _image_to_text(method, pairs.image, all_texts, truth.texts_of_image[first_image[rank] :])
+    own_images = slice(first_image[rank], first_image[rank] + sequences(pairs.image))
+    i2t = _hits(from_images(method), pairs.image, all_texts, truth.texts_of_image[own_images])
     all_images = gather_features(pairs.image)
-    t2i = _text_to_image(method, pairs.text, all_images, truth.images_of_text[first_text[rank] :])
-    hits = dist.sum_over_ranks(torch.stack([i2t, t2i]).to(device_of(all_images))).cpu() / torch.tensor(
+    own_texts = slice(first_text[rank], first_text[rank] + sequences(pairs.text))
+    t2i = _hits(from_texts(method), pairs.text, all_images, truth.images_of_text[own_texts])
+    hits = dist.sum_over_ranks(torch.stack([i2t, t2i]).to(values(all_images).device)).cpu() / torch.tensor(
         [[images], [texts]]
     )
     yield from _named("image_to_text", hits[0], chance_hits(truth.texts_of_image, texts, KS))
@@ -91,21 +95,20 @@ def _named(direction: str, recall: Tensor, chance: Tensor) -> Iterator[tuple[str
         yield f"{direction}_R@{k}_chance", by_chance
 
 
-def _image_to_text(method: Any, images: Features, texts: Features, right: list[list[int]]) -> Tensor:
-    """[len(KS)] float64: hits summed over our images."""
-    total, first = torch.zeros(len(KS), dtype=torch.float64), 0
-    for chunk in slices(images, QUERIES_AT_ONCE):
-        scores = torch.cat([method.score(chunk, part)[0] for part in slices(texts, ANSWERS_AT_ONCE)], 1)  # [Q, C]
-        total += expected_hits(scores, right[first : first + len(scores)], KS).sum(0).cpu()
-        first += len(scores)
-    return total
+def from_images(method: Any) -> Score:
+    """s_i2t of images as queries and texts as answers."""
+    return lambda images, texts: method.score(images, texts)[0]
 
 
-def _text_to_image(method: Any, texts: Features, images: Features, right: list[list[int]]) -> Tensor:
-    """[len(KS)] float64: hits summed over our texts."""
-    total, first = torch.zeros(len(KS), dtype=torch.float64), 0
-    for chunk in slices(texts, QUERIES_AT_ONCE):
-        scores = torch.cat([method.score(part, chunk)[1].T for part in slices(images, ANSWERS_AT_ONCE)], 1)  # [Q, A]
-        total += expected_hits(scores, right[first : first + len(scores)], KS).sum(0).cpu()
-        first += len(scores)
+def from_texts(method: Any) -> Score:
+    """s_t2i of texts as queries and images as answers."""
+    return lambda texts, images: method.score(images, texts)[1].T
+
+
+def _hits(score: Score, queries: Features, answers: Features, right: list[list[int]]) -> Tensor:
+    """[len(KS)] float64: hits summed over our queries, of which `right` holds the right answers, one list each."""
+    total = torch.zeros(len(KS), dtype=torch.float64)
+    for chunk, places, _ in cut(queries, QUERIES_AT_ONCE):
+        scores = torch.cat([score(chunk, part) for part, _, _ in cut(answers, ANSWERS_AT_ONCE)], 1)  # [Q, C]
+        total += expected_hits(scores, right[places], KS).sum(0).cpu()
     return total

@@ -32,7 +32,7 @@ from mmpt.evals.alignment import (
     tokens_of,
     word_maps,
 )
-from mmpt.evals.features import Features, count, slices
+from mmpt.ops.features import Features, cut, sequences
 
 KINDS = ("colour", "shape", "size")
 PAIRS_AT_ONCE = 32
@@ -130,8 +130,9 @@ def _match(
 
 def twins(method: Any, image: Features, caption: Features, twin: Features) -> dict[str, float]:
     """Sums for the twin test: how often each image scores higher with its caption than with its twin."""
-    sums = {"twins": float(count(image)), "twins i2t": 0.0, "twins t2i": 0.0}
-    for images, captions, false in zip(*(slices(f, PAIRS_AT_ONCE) for f in (image, caption, twin)), strict=True):
+    sums = {"twins": float(sequences(image)), "twins i2t": 0.0, "twins t2i": 0.0}
+    for parts in zip(*(cut(f, PAIRS_AT_ONCE) for f in (image, caption, twin)), strict=True):
+        images, captions, false = (part for part, _, _ in parts)
         right, wrong = method.score(images, captions), method.score(images, false)
         for name, s, t in zip(("twins i2t", "twins t2i"), right, wrong, strict=True):
             difference = (s.diagonal() - t.diagonal()).float()

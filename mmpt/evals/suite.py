@@ -11,11 +11,12 @@ from mmpt.batch import Batch, InputSpec, Tokens
 from mmpt.data.loader import DataConfig, eval_batches
 from mmpt.data.text import load_tokenizer, tokenise
 from mmpt.evals.alignment import Span, token_spans
-from mmpt.evals.features import Call, Features, encode_all_texts, encode_images, in_step, join
+from mmpt.evals.features import Call, encode_all_texts, encode_images, in_step, join
 from mmpt.evals.prompts import load_prompts
 from mmpt.evals.retrieval import Pairs, retrieval
 from mmpt.evals.scenes import scenes
 from mmpt.evals.zero_shot import zero_shot
+from mmpt.ops.features import Features
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,14 @@ from mmpt import dist
 from mmpt.batch import Batch, InputSpec, Tokens
 from mmpt.evals.features import (
     Call,
-    Features,
-    count,
     encode_all_texts,
     encode_images,
     gather_features,
     in_step,
     select,
-    slices,
 )
 from mmpt.evals.ranking import expected_hits
+from mmpt.ops.features import Features, cut, sequences
 
 KS = (1, 5)
 CLASSES_AT_ONCE = 1024
@@ -52,7 +50,7 @@ def zero_shot(
     """
     encoded = gather_features(encode_all_texts(call, prompts, inputs, device))
     classes = class_features(method.ensemble, encoded, templates)
-    total = count(encoded) // templates
+    total = sequences(encoded) // templates
     hits = torch.zeros(total, len(KS) + 1, dtype=torch.float64)  # the last column counts images
     for item in in_step(batches, device):
         image = encode_images(call, None if item is None else item[0].images, inputs, device)
@@ -78,13 +76,13 @@ def class_features(ensemble: str, prompts: Features, templates: int) -> list[Fea
         assert isinstance(prompts, Tensor), "a mean of features is for methods with one vector per text"
         vectors = normalize(prompts.float(), dim=-1).view(-1, templates, prompts.shape[-1])  # [C, M, D]
         return [normalize(vectors.mean(1), dim=-1).to(prompts.dtype)]
-    return [select(prompts, list(range(m, count(prompts), templates))) for m in range(templates)]
+    return [select(prompts, list(range(m, sequences(prompts), templates))) for m in range(templates)]
 
 
 def class_scores(method: Any, image: Features, classes: list[Features]) -> Tensor:
     """[B, C] float32: the mean over class features of s_i2t, which for one mean feature is s_i2t itself."""
     total = sum(
-        torch.cat([method.score(image, part)[0].float() for part in slices(features, CLASSES_AT_ONCE)], 1)
+        torch.cat([method.score(image, part)[0].float() for part, _, _ in cut(features, CLASSES_AT_ONCE)], 1)
         for features in classes
     )
     assert isinstance(total, Tensor)

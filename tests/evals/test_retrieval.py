@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from mmpt import dist
 from mmpt.batch import Tokens, pack, unpack
 from mmpt.evals import retrieval as under_test
-from mmpt.evals.features import Features, count, gather_features, in_step, join, none_of, select, slices
+from mmpt.evals.features import gather_features, in_step, join, none_of, select
 from mmpt.evals.ranking import chance_hits, expected_hits
 from mmpt.evals.retrieval import KS, Pairs, find_truth, retrieval
+from mmpt.ops.features import Features, cut, sequences
 from tests.ranks import run
 
 
@@ -141,7 +142,7 @@ def on_ranks(rank: int, world_size: int, tokens: bool, bounds: list[int]) -> dic
     method = LateInteraction() if tokens else Vectors()
     ours = share(some_pairs(13, tokens, seed=3), rank, bounds)
     gathered = gather_features(ours.image)
-    assert count(gathered) == 13
+    assert sequences(gathered) == 13
     return dict(retrieval(method, ours))
 
 
@@ -165,13 +166,13 @@ def test_all_ranks_take_as_many_steps_as_the_one_with_the_most():
 
 def test_slices_and_joins_are_inverse():
     for features in (some_pairs(9, True, 0).image, some_pairs(9, False, 0).image):
-        parts = list(slices(features, 4))
-        assert [count(part) for part in parts] == [4, 4, 1]
+        parts = [part for part, _, _ in cut(features, 4)]
+        assert [sequences(part) for part in parts] == [4, 4, 1]
         again = join(parts)
         if isinstance(features, Tokens) and isinstance(again, Tokens):
             assert torch.equal(again.x, features.x) and torch.equal(again.offsets, features.offsets)
             assert again.longest == features.longest
         else:
             assert torch.equal(again, features)  # type: ignore[arg-type]
-        assert list(slices(none_of(features), 4)) == []
+        assert list(cut(none_of(features), 4)) == []
     assert dist.world_size() == 1
