@@ -1,123 +1,120 @@
-"""Late interaction on a CPU, forward and backward: ours against plain autograd over the tensor of all products.
+"""Late interaction, forward and backward: every backend against what people write without one.
 
-    python benchmarks/late_interaction.py [--pairs 48] [--patches 196] [--threads 1 2] [--repeats 9]
+    python benchmarks/late_interaction.py [--pairs 48] [--patches 196] [--texts 48] [--threads 1 2] [--rounds 9]
 
-The runs of both are interleaved, so that other work on the machine slows both alike. Prints the median and quartiles
-of milliseconds, of their ratio within a round, and the peak of memory of each in a process of its own.
+Runs are interleaved. Prints for each way the median and quartiles of milliseconds, the useful GFLOP/s (real tokens:
+2 T_i T_t D forward), how many times faster than einsum it is within a round, and the peak of memory beyond the features
+and their gradients, each in a process of its own.
 """
 
 import argparse
-import multiprocessing
-import resource
-import time
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from statistics import quantiles
+from collections.abc import Callable
+from statistics import median
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from late_interaction_parts.measure import in_fresh_process, interleaved, now, peak_bytes, quartiles
+from late_interaction_parts.ways import Scores, inputs, ways
+from torch.nn.functional import cross_entropy
 
-from mmpt.batch import Tokens, pack, pack_equal
-from mmpt.ops.late_interaction.op import late_interaction
+from mmpt.batch import Tokens
 
-WIDTH, SHORTEST, LONGEST = 256, 6, 24
-Scores = Callable[[Tokens, Tokens], tuple[Tensor, Tensor]]
+SHORTEST, LONGEST = 6, 24
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def naive(image: Tokens, text: Tokens) -> tuple[Tensor, Tensor]:
-    """The formula as one writes it down: texts padded to the longest, every product in memory at once.
+def step(scores: Scores, image: Tokens, text: Tokens) -> tuple[float, float, float]:
+    """Milliseconds of the forward, the backward and both, for both contrastive losses at a scale of 50.
 
-    With `max`, whose gradient goes to the first of equal products as ours does; `amax` takes longer in the backward.
+    Images past the texts have no positive; the first ones' are what the loss asks for.
     """
-    patches = image.x.unflatten(0, (-1, image.longest))  # [B_i, P, D]
-    lengths = text.lengths().long()
-    real = torch.arange(text.longest) < lengths[:, None]  # [B_t, L]
-    words = text.x.new_zeros(*real.shape, text.x.shape[1]).index_put((real,), text.x)
-    products = torch.einsum("ipd,jrd->ijpr", patches, words).float()
-    s_i2t = products.masked_fill(~real[None, :, None], float("-inf")).max(3).values.mean(2)
-    return s_i2t, (products.max(2).values * real).sum(2) / lengths
-
-
-WAYS: dict[str, Scores] = {"ours": late_interaction, "naive": naive}
-
-
-def inputs(pairs: int, patches: int, dtype: torch.dtype) -> tuple[Tokens, Tokens]:
-    torch.manual_seed(0)
-    image = pack_equal(normalize(torch.randn(pairs, patches, WIDTH), dim=-1).to(dtype))
-    lengths = torch.randint(SHORTEST, LONGEST + 1, (pairs,)).tolist()
-    return image, pack([normalize(torch.randn(n, WIDTH), dim=-1).to(dtype) for n in lengths])
-
-
-def step(scores: Scores, image: Tokens, text: Tokens) -> tuple[Tensor, float, float]:
-    """Gradients of both contrastive losses at a scale of 50, with milliseconds of the forward and the backward."""
     v, t = image.x.clone().requires_grad_(), text.x.clone().requires_grad_()
-    own = torch.arange(len(image.offsets) - 1)
-    start = time.perf_counter()
+    device = v.device.type
+    own = torch.arange(min(len(image.offsets), len(text.offsets)) - 1, device=device)
+    start = now(device)
     s_i2t, s_t2i = scores(image.with_x(v), text.with_x(t))
-    middle = time.perf_counter()
-    (cross_entropy(50 * s_i2t, own) + cross_entropy(50 * s_t2i.T, own)).backward()
-    end = time.perf_counter()
-    assert v.grad is not None and t.grad is not None
-    return torch.cat([v.grad, t.grad]), 1e3 * (middle - start), 1e3 * (end - middle)
+    middle = now(device)
+    loss = cross_entropy(50 * s_i2t[: len(own)].float(), own) + cross_entropy(50 * s_t2i.T[: len(own)].float(), own)
+    loss.backward()
+    end = now(device)
+    return 1e3 * (middle - start), 1e3 * (end - middle), 1e3 * (end - start)
 
 
-def interleaved(pairs: int, patches: int, dtype: torch.dtype, threads: int, repeats: int) -> None:
-    """Print the medians of `repeats` rounds, in each of which both ways run once, after one round to warm up."""
-    torch.set_num_threads(threads)
-    image, text = inputs(pairs, patches, dtype)
-    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in WAYS}
-    gradients: dict[str, Tensor] = {}
-    for _ in range(repeats + 1):
-        for name, scores in WAYS.items():
-            gradients[name], forward, backward = step(scores, image, text)
-            times[name].append((forward, backward, forward + backward))
-    for name, rounds in times.items():
-        forward, backward, both = [quartiles(column) for column in zip(*rounds[1:], strict=True)]
-        print(f"  {name:6} forward {forward}   backward {backward}   both {both} ms")
-    ratios = [b[2] / a[2] for a, b in zip(times["ours"][1:], times["naive"][1:], strict=True)]
-    difference = (gradients["ours"] - gradients["naive"]).abs().max() / gradients["naive"].abs().max()
-    print(f"  naive / ours {quartiles(ratios, 2)}, gradients differ by at most {float(difference):.1e} of the largest")
+def bare(image: Tokens, text: Tokens) -> tuple[float, float, float]:
+    """The bare product and the two of a backward, of the same useful size, without anything around them."""
+    products = torch.empty(len(image.x), len(text.x), dtype=image.x.dtype, device=image.x.device)
+    device = image.x.device.type
+    start = now(device)
+    torch.mm(image.x, text.x.T, out=products)
+    middle = now(device)
+    products @ text.x
+    products.T @ image.x
+    end = now(device)
+    return 1e3 * (middle - start), 1e3 * (end - middle), 1e3 * (end - start)
 
 
-def quartiles(values: Sequence[float], digits: int = 0) -> str:
-    """Median and, in brackets, the first and third quartile."""
-    low, middle, high = quantiles(values, n=4)
-    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def print_times(image: Tokens, text: Tokens, compiled: bool, rounds: int) -> None:
+    found, refusals = ways(image, text, compiled)
+    steps: dict[str, Callable[[], tuple[float, ...]]] = {
+        name: (lambda scores=scores: step(scores, image, text)) for name, scores in found.items()
+    }
+    times = interleaved({**steps, "bare products": lambda: bare(image, text)}, rounds)
+    gigaflop = 2e-9 * len(image.x) * len(text.x) * image.x.shape[1]
+    print("| way | forward ms | both ms | forward GFLOP/s | forward, share of bare | einsum's both / its both |")
+    print("|---|---|---|---|---|---|")
+    for name, rows in times.items():
+        forward, _, both = zip(*rows, strict=True)
+        of_bare = median(b[0] / f for b, f in zip(times["bare products"], forward))
+        ratio = [e[2] / b for e, b in zip(times["einsum"], both, strict=True)]
+        rate = f"{1e3 * gigaflop / median(forward):.0f}"
+        print(f"| {name} | {quartiles(forward)} | {quartiles(both)} | {rate} | {of_bare:.2f} | {quartiles(ratio, 2)} |")
+    for name, reason in refusals.items():
+        print(f"| {name} | not run: {reason} | | | | |")
+    print(flush=True)
 
 
-def peak_mebibytes(name: str, pairs: int, patches: int, dtype: torch.dtype, answer: Connection) -> None:
-    """Memory that one step adds to the process at its peak. Runs in a fresh process, whose peak is otherwise old."""
-    step(WAYS[name], *inputs(2, patches, dtype))  # what libraries allocate once
-    image, text = inputs(pairs, patches, dtype)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(WAYS[name], image, text)
-    answer.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+def peak(name: str, pairs: int, patches: int, texts: int, dtype: torch.dtype) -> int:
+    """Bytes of a step beyond the features and their gradients."""
+    image, text = inputs(pairs, patches, texts, SHORTEST, LONGEST, dtype)
+    scores = ways(image, text, False)[0][name]
+    step(scores, *inputs(2, patches, 2, SHORTEST, LONGEST, dtype))
+    features = 2 * (image.x.nbytes + text.x.nbytes)  # the clones that `step` makes, and their gradients
+    return peak_bytes(lambda: step(scores, image, text)) - features
 
 
-def print_peaks(pairs: int, patches: int, dtype: torch.dtype) -> None:
-    context = multiprocessing.get_context("spawn")
-    for name in WAYS:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=peak_mebibytes, args=(name, pairs, patches, dtype, sender))
-        process.start()
-        print(f"  {name:6} peak memory of a step {receiver.recv():6.0f} MiB")
-        process.join()
+def print_peaks(pairs: int, patches: int, texts: int, dtype: torch.dtype) -> None:
+    image, text = inputs(pairs, patches, texts, SHORTEST, LONGEST, dtype)
+    peaks = {name: in_fresh_process(peak, name, pairs, patches, texts, dtype) for name in ways(image, text, False)[0]}
+    print("| way | peak MiB beyond the features | einsum's / its |")
+    print("|---|---|---|")
+    for name, size in peaks.items():
+        print(f"| {name} | {size / (1 << 20):.0f} | {peaks['einsum'] / max(size, 1):.0f} |")
+    print(flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=48)
-    parser.add_argument("--patches", type=int, default=196)
+    parser.add_argument("--pairs", type=int, default=48, help="images")
+    parser.add_argument("--patches", type=int, default=196, help="of an image")
+    parser.add_argument("--texts", type=int, default=48)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile of einsum too: a minute to compile")
+    parser.add_argument("--peaks", type=int, nargs=2, default=[64, 512], metavar=("IMAGES", "TEXTS"), help="0 0: none")
     args = parser.parse_args()
-    size = f"{args.pairs} images of {args.patches} patches x {args.pairs} texts of {SHORTEST} to {LONGEST} tokens"
-    for dtype in (torch.float32, torch.bfloat16):
+    for name in args.types:
         for threads in args.threads:
-            print(f"{size}, D = {WIDTH}, {dtype}, {threads} threads; median [quartiles] of {args.repeats} rounds")
-            interleaved(args.pairs, args.patches, dtype, threads, args.repeats)
-        print_peaks(args.pairs, args.patches, dtype)
+            torch.set_num_threads(threads)
+            image, text = inputs(args.pairs, args.patches, args.texts, SHORTEST, LONGEST, TYPES[name], args.device)
+            print(
+                f"{args.pairs} images of {args.patches} patches, {args.texts} texts of {SHORTEST} to {LONGEST} tokens, "
+                f"D = 256, {name}, {args.device}, {threads} threads; medians [quartiles] of {args.rounds} rounds\n"
+            )
+            print_times(image, text, args.compiled, args.rounds)
+        if all(args.peaks) and args.device == "cpu":
+            print(f"{args.peaks[0]} images of {args.patches} patches, {args.peaks[1]} texts, {name}\n")
+            print_peaks(args.peaks[0], args.patches, args.peaks[1], TYPES[name])
 
 
 if __name__ == "__main__":

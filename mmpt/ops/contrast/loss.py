@@ -26,7 +26,7 @@ from mmpt.ops.features import Features, cut, sequences, travelling, values, with
 
 Score = Callable[[Any, Any], tuple[Tensor, Tensor]]
 """(s_i2t, s_t2i), [A, C] each, of A images with C texts, both Features; differentiable. May be one tensor twice."""
-SLAB_ELEMENTS = 1 << 20
+SLAB_ELEMENTS = 1 << 18
 """Elementwise work on scores goes over so many at a time."""
 
 
@@ -150,10 +150,10 @@ class _Contrast(torch.autograd.Function):
         plan: _Plan = ctx.plan
         exact = grad_loss.dtype
         upstream = dist.gather(grad_loss.reshape(1)).repeat_interleave(sequences(plan.layout))  # [N]; one per rank
-        grad_v, grad_scale = torch.zeros_like(v, dtype=exact), torch.zeros_like(scale)
+        grad_v, grad_scale = _Sum(v, exact), torch.zeros_like(scale)
 
         def gradient_of(columns: slice, text: Features) -> Tensor:
-            grad_text = torch.zeros_like(values(text), dtype=exact)
+            grad_text = _Sum(values(text), exact)
             for image, images, rows in plan.blocks(v, text):
                 scored = ctx.kept or _scored(plan.score, image, text)
                 ctx.kept = None
@@ -162,14 +162,35 @@ class _Contrast(torch.autograd.Function):
                 own, theirs = torch.autograd.grad(
                     outputs, (scored.image, scored.text), [output.detach() for output in outputs]
                 )
-                grad_v[rows] += own
-                grad_text += theirs
-            return grad_text
+                del scored, outputs, image
+                grad_v.add(rows, own)
+                grad_text.add(slice(None), theirs)
+            return grad_text.total()
 
         if plan.dropped is not None:
             plan.dropped.zero_()
         grad_t = plan.texts.collect(t, gradient_of)
-        return grad_v.to(v.dtype), grad_t.to(t.dtype), grad_scale, None
+        return grad_v.total().to(v.dtype), grad_t.to(t.dtype), grad_scale, None
+
+
+class _Sum:
+    """A sum of gradients of (parts of) one tensor, which costs no memory of its own while there is one addend."""
+
+    def __init__(self, of: Tensor, exact: torch.dtype):
+        self._of, self._exact = of, exact
+        self._sum: Tensor | None = None
+
+    def add(self, rows: slice, part: Tensor) -> None:
+        if self._sum is None and len(part) == len(self._of):
+            self._sum = part
+            return
+        if self._sum is None:
+            self._sum = torch.zeros_like(self._of, dtype=self._exact)
+        self._sum = self._sum.to(self._exact)
+        self._sum[rows] += part
+
+    def total(self) -> Tensor:
+        return torch.zeros_like(self._of) if self._sum is None else self._sum
 
 
 def _to_score_gradients(

@@ -82,10 +82,10 @@ class Ring:
                 block = coming.wait()
 
     def collect(self, x: Tensor, gradient_of: GradientOf) -> Tensor:
-        block, gradients = self._padded(x), None
+        block, gradients, exact = self._padded(x), None, torch.promote_types(x.dtype, torch.float32)
         for owner in self._owners():
             coming = dist.pass_on(block) if owner != self._last_owner() else None
-            gradient = self._padded(gradient_of(*self._visit(owner, block)))
+            gradient = self._padded(gradient_of(*self._visit(owner, block)).to(exact))
             if gradients is not None:
                 gradient += gradients.wait()
             gradients = dist.pass_on(gradient, tag=1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmpt.batch import Tokens
-from mmpt.ops.features import cut
+from mmpt.ops.features import cut, sequences
 from mmpt.ops.late_interaction.backends import choose
 from mmpt.ops.late_interaction.winners import index_type, winner_bytes
 
@@ -97,11 +97,14 @@ def _backward(
     """Gradients of v and t, in their types."""
     image, text = Tokens(v, image_offsets, longest_image), Tokens(t, text_offsets, longest_text)
     backend = choose(image, text)
-    if kept:
+    at_a_time = images_at_a_time(image, text)
+    if kept or at_a_time >= sequences(image):
+        if not kept:
+            _, _, word, patch = backend.forward(image, text, True)
         grad_v, grad_t = backend.backward(image, text, word, patch, grad_i2t, grad_t2i)
         return grad_v.to(v.dtype), grad_t.to(t.dtype)
     grad_v, grad_t = v.new_zeros(v.shape), t.new_zeros(t.shape, dtype=grad_i2t.dtype)
-    for part, images, rows in cut(image, images_at_a_time(image, text)):
+    for part, images, rows in cut(image, at_a_time):
         assert isinstance(part, Tokens)
         _, _, word, patch = backend.forward(part, text, True)
         part_v, part_t = backend.backward(part, text, word, patch, grad_i2t[images], grad_t2i[images])
