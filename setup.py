@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["mmpt*", "data_tools*", "launcher*"]),
-    package_data={"mmpt.evals": ["*.html"]},
+    package_data={"mmpt.evals": ["*.html"], "mmpt.ops.late_interaction": ["*.cpp"]},
     install_requires=[
         "torch>=2.13",
         "braceexpand",

@@ -231,6 +231,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_memory_is_a_tile_and_not_all_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMPT_LATE_INTERACTION", "torch")
     monkeypatch.setattr(under_test, "CPU_TILE_BYTES", (1 << 20) // torch.get_num_threads())
     image, text = pack_equal(torch.randn(64, 49, 16)), tokens(list(range(4, 24)) * 5, 1, torch.float32, 16)
     with _Largest() as largest:
