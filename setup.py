@@ -31,6 +31,18 @@ setup(
         "urllib3",
         "webdataset",
     ],
-    extras_require={"dev": ["flask", "flask-cors", "hypothesis", "moto", "pyright", "pytest", "ruff", "scipy"]},
+    extras_require={
+        "dev": [
+            "flask",
+            "flask-cors",
+            "hypothesis",
+            "moto",
+            "pyright",
+            "pytest",
+            "ruff",
+            "scipy",
+            'triton; platform_system == "Linux" and platform_machine == "x86_64"',
+        ]
+    },
     entry_points={"console_scripts": ["mmpt=mmpt.cli:main", "mmpt-data=data_tools.__main__:main"]},
 )

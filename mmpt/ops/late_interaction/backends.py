@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mmpt.batch import Tokens
-from mmpt.ops.late_interaction import cpp_backend, torch_tiles
+from mmpt.ops.late_interaction import cpp_backend, torch_tiles, triton_backend
 
 VARIABLE = "MMPT_LATE_INTERACTION"
 
@@ -31,7 +31,7 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[str, Backend] = {"cpp": cpp_backend, "torch": torch_tiles}
+BACKENDS: dict[str, Backend] = {"triton": triton_backend, "cpp": cpp_backend, "torch": torch_tiles}
 """From fastest to slowest; the last takes everything."""
 
 
