@@ -31,8 +31,9 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[str, Backend] = {"triton": triton_backend, "cpp": cpp_backend, "torch": torch_tiles}
-"""From fastest to slowest; the last takes everything."""
+BACKENDS: dict[str, Backend] = {"cpp": cpp_backend, "torch": torch_tiles, "triton": triton_backend}
+"""`auto` takes the first that can. Triton stands behind torch, which takes everything: it runs only where it is asked
+for by name, until it has run on a device."""
 
 
 def choose(image: Tokens, text: Tokens) -> Backend:
