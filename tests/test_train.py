@@ -134,7 +134,12 @@ def test_another_world_size_and_stage_continue_to_rounding(scenes: Path, tmp_pat
                      engine__max_micro_batch=16, **no_dropout)  # fmt: skip
         assert part.returncode == 0, part.stdout + part.stderr
     for a, b in zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True):
-        assert dict(b) == pytest.approx(dict(a), rel=2e-4), "the same samples, in the same steps"
+        whole_found, parts_found = ({k: v for k, v in record if k.startswith("accuracy")} for record in (a, b))
+        # A record counts the winners among some 80 pairs: two scores a rounding apart may change places.
+        assert parts_found == pytest.approx(whole_found, abs=2.01 / 80)
+        assert {k: v for k, v in b if k not in parts_found} == pytest.approx(
+            {k: v for k, v in a if k not in whole_found}, rel=2e-4
+        ), "the same samples, in the same steps"
 
 
 def one_line(done: subprocess.CompletedProcess, status: int) -> str:
