@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mmpt.batch import Tokens
-from mmpt.ops.late_interaction import cpp_backend, torch_tiles, triton_backend
+from mmpt.ops.late_interaction import cpp_backend, gluon_backend, torch_tiles, triton_backend
 
 VARIABLE = "MMPT_LATE_INTERACTION"
 
@@ -31,9 +31,14 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[str, Backend] = {"cpp": cpp_backend, "torch": torch_tiles, "triton": triton_backend}
-"""`auto` takes the first that can. Triton stands behind torch, which takes everything: it runs only where it is asked
-for by name, until it has run on a device."""
+BACKENDS: dict[str, Backend] = {
+    "cpp": cpp_backend,
+    "torch": torch_tiles,
+    "triton": triton_backend,
+    "gluon": gluon_backend,
+}
+"""`auto` takes the first that can. Triton and Gluon stand behind torch, which takes everything: they run only where
+they are asked for by name, until they have run on a device."""
 
 
 def choose(image: Tokens, text: Tokens) -> Backend:

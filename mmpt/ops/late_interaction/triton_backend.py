@@ -5,7 +5,9 @@ launched, empty or not. What to launch is a fixed table: all ranks run the same 
 """
 
 import functools
+import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,45 +16,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmpt.batch import Tokens
+from mmpt.ops.late_interaction.gpu_launches import Device, Launch, filled, launches
 from mmpt.ops.late_interaction.winners import index_type
 
-MOST_WORDS, MOST_WIDTH = 256, 512
+MOST_WORDS, MOST_WIDTH = 128, 512
 PROGRAMS = 2048
 """To launch in the forward at least, where there are texts for them: some for each multiprocessor."""
-
-
-class Launch(NamedTuple):
-    """How the texts of one bucket are computed."""
-
-    words: int
-    """L, tokens of its texts at most."""
-    texts: int
-    """NT, of a tile."""
-    patches: int
-    """BM, of a tile."""
-    slab: int
-    """BD, numbers of width that a backward's program owns."""
-    warps: int
-    stages: int
-
-
-def launches(longest_text: int, longest_image: int, width: int, bytes_each: int) -> list[Launch]:
-    """One for each bucket up to the longest text. A tile of patches takes up to 128 KiB, of products 64 Ki."""
-    out, words = [], 8
-    while True:
-        texts = max(1, 64 // words)
-        most = min((128 << 10) // (width * bytes_each), (16 << 10) // (words * texts), 256)
-        patches = max(16, min(_power_of_two(longest_image), most))
-        slab = min(width, 128 if words * texts <= 128 else 64)
-        out.append(Launch(words, texts, patches, slab, 8 if patches >= 128 else 4, 2))
-        if words >= longest_text:
-            return out
-        words *= 2
-
-
-def _power_of_two(n: int) -> int:
-    """The least that is not below n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def refusal(image: Tokens, text: Tokens) -> str:
@@ -63,33 +32,68 @@ def refusal(image: Tokens, text: Tokens) -> str:
         return "it needs compute capability 8.0 or above"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return refused_shape(image, text)
+    return refused_shape(image, text, device_of(x))
 
 
-def refused_shape(image: Tokens, text: Tokens) -> str:
-    if image.x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it takes bf16, fp16 and fp32, not {image.x.dtype}"
-    if image.x.shape[1] > MOST_WIDTH or text.longest > MOST_WORDS:
+def refused_shape(image: Tokens, text: Tokens, device: Device) -> str:
+    if image.x.dtype not in (
+        torch.bfloat16,
+        torch.float16,
+    ):  # fp32 products leave no registers: compiled.py of the tests
+        return f"it takes bf16 and fp16, not {image.x.dtype}"
+    width = image.x.shape[1]
+    if width > MOST_WIDTH or text.longest > MOST_WORDS:
         return (
             f"it takes vectors of up to {MOST_WIDTH} numbers and texts of up to {MOST_WORDS} tokens, not "
-            f"{image.x.shape[1]} and {text.longest}"
+            f"{width} and {text.longest}"
         )
+    if min(launch.patches for launch in _table(image, text, device)) < 16:
+        return f"texts of {text.longest} tokens by {width} numbers do not fit into shared memory"
     return ""
 
 
+def _table(image: Tokens, text: Tokens, device: Device) -> list[Launch]:
+    return launches(text.longest, image.longest, filled(image.x.shape[1]), image.x.itemsize, device)
+
+
+def device_of(x: Tensor) -> Device:
+    if x.device.type != "cuda":  # Triton's interpreter
+        return Device(227 << 10, True)
+    facts = torch.cuda.get_device_properties(x.device)
+    return Device(facts.shared_memory_per_block_optin, facts.major >= 9)
+
+
 class _Buckets(NamedTuple):
-    """Texts by length, on the device."""
+    """Texts by length, on the device: what the kernels know of them, in the order of their arguments."""
 
     order: Tensor
     """[B_t] int32."""
+    rows: Tensor
+    """[B_t] int64, where each of these begins."""
+    lengths: Tensor
+    """[B_t] int32."""
     bounds: Tensor
-    """[buckets + 1] int32, into order."""
-    offsets: Tensor
-    """[B_t + 1] int64, of the texts as they were."""
+    """[buckets + 1] int32, into the three."""
 
 
 def forward(image: Tokens, text: Tokens, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See backends.py. A feature that is not finite makes its scores NaN."""
+    kernel = _kernels("forward").forward_kernel
+
+    def run(grid: tuple[int, int], arguments: tuple, width: int, launch: Launch) -> None:
+        kernel[grid](
+            *arguments, D=width, BM=launch.patches, L=launch.words, NT=launch.texts, KEEP=keep,
+            ONE=image.longest <= launch.patches, num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+
+    return run_forward(image, text, keep, _table(image, text, device_of(image.x)), run)
+
+
+def run_forward(
+    image: Tokens, text: Tokens, keep: bool, table: list[Launch],
+    run: Callable[[tuple[int, int], tuple, int, Launch], None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What a backend's forward returns. run(grid, arguments, D, launch) computes a bucket, as forward_kernel does."""
     v, t = _rows(image.x), _rows(text.x)
     images, texts = len(image.offsets) - 1, len(text.offsets) - 1
     s_i2t, s_t2i = v.new_empty(2, images, texts, dtype=torch.float32)
@@ -97,17 +101,12 @@ def forward(image: Tokens, text: Tokens, keep: bool) -> tuple[Tensor, Tensor, Te
     patch = v.new_empty((images, len(t)) if keep else (0, 0), dtype=index_type(image.longest))
     if not images or not texts:
         return s_i2t, s_t2i, word, patch
-    table = launches(text.longest, image.longest, v.shape[1], v.itemsize)
-    buckets, image_offsets = _bucketed(text, table), image.offsets.long()
+    buckets, found = _bucketed(text, table), (s_i2t, s_t2i, word, patch)
     for bucket, launch in enumerate(table):
         shares = min(-(-texts // launch.texts), max(1, PROGRAMS // images))
-        _kernels("forward").forward_kernel[(images, shares)](
-            v, t, image_offsets, buckets.offsets, buckets.order, buckets.bounds, s_i2t, s_t2i, word, patch,
-            texts, len(v), len(t), bucket,
-            D=v.shape[1], BM=launch.patches, L=launch.words, NT=launch.texts, ONE=image.longest <= launch.patches,
-            KEEP=keep, PRECISION=_precision(v), num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
-    spoilt = _not_finite(image.x, image_offsets)[:, None] | _not_finite(text.x, buckets.offsets)
+        arguments = (v, t, image.offsets.long(), *buckets, *found, texts, len(v), len(t), bucket)
+        run((images, shares), arguments, v.shape[1], launch)
+    spoilt = _not_finite(image)[:, None] | _not_finite(text)
     return s_i2t.masked_fill_(spoilt, torch.nan), s_t2i.masked_fill_(spoilt, torch.nan), word, patch
 
 
@@ -123,14 +122,15 @@ def backward(
         return grad_v[:, :given], grad_t[:, :given]
     largest = torch.maximum(grad_i2t.abs().amax(), grad_t2i.abs().amax()).clamp(min=torch.finfo(torch.float32).tiny)
     g1, g2 = (grad_i2t / largest).contiguous(), (grad_t2i / largest).contiguous()
-    table = launches(text.longest, image.longest, width, v.itemsize)
+    table = _table(image, text, device_of(v))
     buckets, image_offsets = _bucketed(text, table), image.offsets.long()
+    sparse = ((g1 == 0) & (g2 == 0)).count_nonzero() * 2 > g1.numel()
+    shared = (image_offsets, *buckets, word, patch, g1, g2, sparse)
     kernels = _kernels("backward")
     for bucket, launch in enumerate(table):
-        shared = (image_offsets, buckets.offsets, buckets.order, buckets.bounds, word, patch, g1, g2)
         sizes = {
             "D": width, "BM": min(launch.patches, 128), "BD": launch.slab, "L": launch.words, "NT": launch.texts,
-            "PRECISION": _precision(v), "num_warps": launch.warps, "num_stages": launch.stages,
+            "num_warps": launch.warps, "num_stages": launch.stages,
         }  # fmt: skip
         slabs = width // launch.slab
         kernels.patches_kernel[(images, -(-image.longest // sizes["BM"]), slabs)](
@@ -150,21 +150,17 @@ def _kernels(which: str) -> ModuleType:
 
 def _rows(x: Tensor) -> Tensor:
     """Contiguous, with the width filled up to a power of two, 16 at least."""
-    return pad(x, (0, max(16, _power_of_two(x.shape[1])) - x.shape[1])).contiguous()
-
-
-def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"  # the latter is not looked at for 16-bit types
+    return pad(x, (0, filled(x.shape[1]) - x.shape[1])).contiguous()
 
 
 def _bucketed(text: Tokens, table: list[Launch]) -> _Buckets:
     lengths, order = torch.sort(text.lengths(), stable=True)
     limits = lengths.new_tensor([0] + [launch.words for launch in table])
     bounds = torch.searchsorted(lengths, limits, right=True)
-    return _Buckets(order.int(), bounds.int(), text.offsets.long())
+    return _Buckets(order.int(), text.offsets.long()[order], lengths.int(), bounds.int())
 
 
-def _not_finite(x: Tensor, offsets: Tensor) -> Tensor:
+def _not_finite(of: Tokens) -> Tensor:
     """[B] bool, for each sequence whether some number of it is NaN or infinite."""
-    before = pad((~x.isfinite()).any(1).cumsum(0), (1, 0))  # [T + 1]
+    before, offsets = pad((~of.x.isfinite()).any(1).cumsum(0), (1, 0)), of.offsets.long()  # [T + 1]
     return before[offsets[1:]] != before[offsets[:-1]]

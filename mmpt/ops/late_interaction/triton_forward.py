@@ -17,18 +17,19 @@ def spread(x, NT: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def text_tile(ORDER, BOUNDS, TEXT_OFFSETS, bucket, tile, NT: tl.constexpr):
+def text_tile(ORDER, ROWS, LENGTHS, first, last, tile, NT: tl.constexpr):
     """Which texts are in a tile of a bucket, where they begin, how long they are, and which are there: [NT] each."""
-    first, last = tl.load(BOUNDS + bucket), tl.load(BOUNDS + bucket + 1)
     place = first + tile * NT + tl.arange(0, NT)
-    text = tl.load(ORDER + tl.maximum(tl.minimum(place, last - 1), 0)).to(tl.int64)
-    row = tl.load(TEXT_OFFSETS + text)
-    return text, row, (tl.load(TEXT_OFFSETS + text + 1) - row).to(tl.int32), place < last
+    at = tl.maximum(tl.minimum(place, last - 1), 0)
+    return tl.load(ORDER + at).to(tl.int64), tl.load(ROWS + at), tl.load(LENGTHS + at), place < last
 
 
 @triton.jit
-def tiles_of(BOUNDS, bucket, NT: tl.constexpr):
-    return tl.cdiv(tl.load(BOUNDS + bucket + 1) - tl.load(BOUNDS + bucket), NT).to(tl.int32)
+def image_rows_of(IMAGE_OFFSETS, image, image_rows):
+    """Where an image's patches begin, and how many it has. One without any begins at a row that there is."""
+    row = tl.load(IMAGE_OFFSETS + image)
+    patches = (tl.load(IMAGE_OFFSETS + image + 1) - row).to(tl.int32)
+    return tl.minimum(row, image_rows - 1), patches
 
 
 @triton.jit
@@ -59,31 +60,33 @@ def reduce_tile(
 
 @triton.jit
 def forward_kernel(
-    V, T, IMAGE_OFFSETS, TEXT_OFFSETS, ORDER, BOUNDS, I2T, T2I, WORD, PATCH, texts, image_rows, text_rows, bucket,
+    V, T, IMAGE_OFFSETS, ORDER, ROWS, LENGTHS, BOUNDS, I2T, T2I, WORD, PATCH, texts, image_rows, text_rows, bucket,
     D: tl.constexpr, BM: tl.constexpr, L: tl.constexpr, NT: tl.constexpr, ONE: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+
 ):  # fmt: skip
     """Scores of one image with a share of one bucket's texts.
 
-    V [T_i, D], T [T_t, D]; offsets int64; ORDER [B_t] int32, texts by length; BOUNDS [buckets + 1] int32 into it;
-    I2T, T2I [B_i, B_t] fp32; WORD [B_t, T_i], PATCH [B_i, T_t]. ONE: no image has more than BM patches.
+    V [T_i, D], T [T_t, D]; IMAGE_OFFSETS [B_i + 1] int64. ORDER [B_t] int32, texts by length; ROWS int64, LENGTHS
+    int32, where each of these begins and its length; BOUNDS [buckets + 1] int32, into the three. I2T, T2I [B_i, B_t]
+    fp32; WORD [B_t, T_i], PATCH [B_i, T_t]. ONE: no image has more than BM patches.
     """
-    image, shares = tl.program_id(0).to(tl.int64), tl.num_programs(1)
-    tiles = tiles_of(BOUNDS, bucket, NT)
-    each = tl.cdiv(tiles, shares)
+    image = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(BOUNDS + bucket), tl.load(BOUNDS + bucket + 1)
+    tiles = tl.cdiv(end - start, NT)
+    each = tl.cdiv(tiles, tl.num_programs(1))
     begin = tl.program_id(1) * each
-    image_row = tl.load(IMAGE_OFFSETS + image)
-    patches = (tl.load(IMAGE_OFFSETS + image + 1) - image_row).to(tl.int32)
+    image_row, patches = image_rows_of(IMAGE_OFFSETS, image, image_rows)
     here, width, token = tl.arange(0, BM), tl.arange(0, D), tl.arange(0, NT * L) % L
-    v = tl.load(V + (image_row + tl.minimum(here, patches - 1))[:, None] * D + width[None, :])  # [BM, D]
+    own = tl.maximum(tl.minimum(here, patches - 1), 0)
+    v = tl.load(V + (image_row + own)[:, None] * D + width[None, :])  # [BM, D]
     for tile in tl.range(begin, tl.minimum(begin + each, tiles)):
-        text, row, length, there = text_tile(ORDER, BOUNDS, TEXT_OFFSETS, bucket, tile, NT)
+        text, row, length, there = text_tile(ORDER, ROWS, LENGTHS, start, end, tile, NT)
         own_length = spread(length, NT, L)
         column = spread(row, NT, L) + tl.minimum(token, own_length - 1)  # [NT * L]
         t = tl.load(T + column[:, None] * D + width[None, :])  # [NT * L, D]
         word_at = text * image_rows + image_row
         if ONE:
-            s = tl.dot(v, tl.trans(t), input_precision=PRECISION)
+            s = tl.dot(v, tl.trans(t))
             total, best, place = reduce_tile(s, 0, patches, length, there, WORD, word_at, BM, L, NT, KEEP)
         else:
             total = tl.zeros([NT], tl.float32)
@@ -92,7 +95,7 @@ def forward_kernel(
             for first in tl.range(0, patches, BM):
                 rows = image_row + tl.minimum(first + here, patches - 1)
                 part = tl.load(V + rows[:, None] * D + width[None, :])
-                s = tl.dot(part, tl.trans(t), input_precision=PRECISION)
+                s = tl.dot(part, tl.trans(t))
                 more, new, new_place = reduce_tile(s, first, patches, length, there, WORD, word_at, BM, L, NT, KEEP)
                 total += more
                 place = tl.where(new > best, new_place, place)
