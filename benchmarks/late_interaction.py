@@ -97,12 +97,14 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=196, help="of an image")
     parser.add_argument("--texts", type=int, default=48)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="2 at least")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compiled", action="store_true", help="torch.compile of einsum too: a minute to compile")
     parser.add_argument("--peaks", type=int, nargs=2, default=[64, 512], metavar=("IMAGES", "TEXTS"), help="0 0: none")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: quartiles want 2 at least")
     for name in args.types:
         for threads in args.threads:
             torch.set_num_threads(threads)

@@ -27,7 +27,8 @@ class Backend(Protocol):
     def backward(
         self, image: Tokens, text: Tokens, word: Tensor, patch: Tensor, grad_i2t: Tensor, grad_t2i: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradients [T_i, D] and [T_t, D] in the type of grad_i2t and grad_t2i, [B_i, B_t] each."""
+        """Gradients [T_i, D], in the features' type or that of grad_i2t and grad_t2i [B_i, B_t], and [T_t, D], in the
+        latter: it may be a part of a sum over images."""
         ...
 
 

@@ -60,11 +60,10 @@ def backward(
     images, texts = len(image.offsets) - 1, len(text.offsets) - 1
     library, v, t = _prepared(image.x, text.x)
     width = v.shape[1]
-    grad_v, grad_t = torch.zeros(len(v), width), torch.zeros(len(t), width)
     image_offsets, text_offsets = image.offsets.long(), text.offsets.long()
     grad_i2t, grad_t2i = grad_i2t.contiguous(), grad_t2i.contiguous()
 
-    def add(images_to_do: tuple[int, int], texts_to_do: tuple[int, int]) -> int:
+    def add(grad_v: Tensor, grad_t: Tensor, images_to_do: tuple[int, int], texts_to_do: tuple[int, int]) -> int:
         return library.mmpt_backward(
             _pointer(v), _pointer(t), _pointer(image_offsets), _pointer(text_offsets), c_int64(images), c_int64(texts),
             c_int64(width), *map(c_int64, images_to_do), *map(c_int64, texts_to_do),
@@ -72,10 +71,13 @@ def backward(
             _pointer(grad_i2t), _pointer(grad_t2i), _pointer(grad_v), _pointer(grad_t),
         )  # fmt: skip
 
-    to_patches = [functools.partial(add, part, (0, 0)) for part in _parts(images)]
-    _in_threads(to_patches + [functools.partial(add, (0, 0), part) for part in _parts(texts)])
-    given = image.x.shape[1]
-    return grad_v[:, :given], grad_t[:, :given]
+    given, nothing = image.x.shape[1], torch.zeros(0)
+    sums = torch.zeros(len(v), width)
+    _in_threads([functools.partial(add, sums, nothing, part, (0, 0)) for part in _parts(images)])
+    grad_v = sums[:, :given].to(image.x.dtype)  # before the other sums need memory
+    sums = torch.zeros(len(t), width)
+    _in_threads([functools.partial(add, nothing, sums, (0, 0), part) for part in _parts(texts)])
+    return grad_v, sums[:, :given]
 
 
 def _library(dtype: torch.dtype) -> CDLL | str:
@@ -91,8 +93,9 @@ def _prepared(v: Tensor, t: Tensor) -> tuple[CDLL, Tensor, Tensor]:
     takes_bf16 = any(variant.bf16 and library is cpp_build.library(variant) for variant in cpp_build.here())
     if not takes_bf16:
         return library, v.float().contiguous(), t.float().contiguous()
-    odd = v.shape[1] % 2
-    return library, pad(v, (0, odd)).contiguous(), pad(t, (0, odd)).contiguous()
+    if v.shape[1] % 2:
+        v, t = pad(v, (0, 1)), pad(t, (0, 1))
+    return library, v.contiguous(), t.contiguous()
 
 
 def _pointer(tensor: Tensor) -> c_void_p:

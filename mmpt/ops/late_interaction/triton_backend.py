@@ -150,7 +150,8 @@ def _kernels(which: str) -> ModuleType:
 
 def _rows(x: Tensor) -> Tensor:
     """Contiguous, with the width filled up to a power of two, 16 at least."""
-    return pad(x, (0, filled(x.shape[1]) - x.shape[1])).contiguous()
+    missing = filled(x.shape[1]) - x.shape[1]
+    return pad(x, (0, missing)) if missing else x.contiguous()
 
 
 def _bucketed(text: Tokens, table: list[Launch]) -> _Buckets:
