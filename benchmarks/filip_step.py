@@ -22,7 +22,7 @@ from late_interaction_parts.ways import Scores, einsum
 from torch.nn.functional import cross_entropy
 
 from mmpt import dist
-from mmpt.batch import Batch, Tokens, pack
+from mmpt.batch import Batch, Pictures, Tokens, pack
 from mmpt.methods.filip import FILIP
 from mmpt.ops.contrast.loss import contrast
 from mmpt.ops.late_interaction.op import late_interaction
@@ -61,7 +61,9 @@ def batch(pairs: int, config: Any) -> Batch:
     inputs, generator = config.inputs(), torch.Generator().manual_seed(dist.rank())
     images = torch.randint(0, 256, (pairs, 3, inputs.image_size, inputs.image_size), dtype=torch.uint8)
     lengths = torch.randint(6, 25, (pairs,), generator=generator).tolist()
-    return Batch(images, pack([torch.randint(1, 999, (n,)) for n in lengths]), torch.arange(pairs), None, ("",) * pairs)
+    return Batch(
+        Pictures(images), pack([torch.randint(1, 999, (n,)) for n in lengths]), torch.arange(pairs), ("",) * pairs
+    )
 
 
 def gradients_of_scores(clock: Clock, scores: Scores, image: Tokens, text: Tokens, loss: Callable) -> None:

@@ -9,9 +9,9 @@ Sequences are packed, never padded: the tokens of all sequences lie one after an
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,106 +80,125 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(torch.cat([part.x for part in parts]), torch.cat(offsets), max(part.longest for part in parts))
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """What a method wants from the loader: derived from the model's configuration, so that each fact has one knob."""
+class Regions(NamedTuple):
+    """What a detector found in B images, R regions in all.
 
-    image_size: int
-    """Height and width of the crop, in pixels; of extra views too. The shorter side where image_resize says so."""
-    max_text_tokens: int
-    """Captions are cut to this many tokens, special tokens included."""
-    vocab_size: int
-    """Rows of the token embedding; the tokenizer may not produce an id beyond it."""
-    text_padding: Literal["none", "max"] = "none"
-    """`max`: pads are tokens like any other and fill each caption to max_text_tokens (SigLIP as published)."""
-    patches: int = 0
-    """Patches per image before any is dropped; 0 where the image tower has no patches."""
-    kept_patches: int = 0
-    """Patches kept per image in training (FLIP's patch dropout); equal to `patches` where all are kept."""
-    extra_views: int = 0
-    """Further crops of each image, for losses between views (SLIP wants 2)."""
-    image_resize: Literal["square", "shorter_side", "native"] = "square"
-    """`square` crops; or whole images of any shape as packed patches: resized so that the shorter side is image_size,
-    or as large as they are. Both within longest_side, their sides cut down to multiples of patch_size."""
-    longest_side: int = 0
-    """Most pixels of a side of a whole image, where those are wanted."""
-    patch_size: int = 0
-    """Side of a patch in pixels, where whole images are wanted."""
+    features: Tokens of B sequences, x [R, F] fp16, a vector per region.
+    boxes:    [R, 7] fp32: x1, y1, x2, y2, width, height, area, as shares of the image's sides and area.
+    classes:  [R, C] fp16, the detector's distribution over its classes; C is 0 where nobody wants it.
+    """
 
-    def __post_init__(self):
-        if self.image_resize == "square":
-            return
-        if self.patch_size < 1 or self.longest_side < self.patch_size:
-            raise ValueError(
-                f"images resized to {self.image_resize!r} want a patch_size ({self.patch_size}) of 1 or more "
-                f"and a longest_side ({self.longest_side}) of at least a patch"
-            )
-        if self.kept_patches != self.patches:
-            raise ValueError(f"patches cannot be dropped from images resized to {self.image_resize!r}")
+    features: Tokens
+    boxes: Tensor
+    classes: Tensor
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One pair as it lies in a shard, undecoded."""
+class Pictures:
+    """B images in the form that the image tower takes: one of pixels, patches and regions is there.
 
-    key: str
-    image: bytes
-    caption: str
-    metadata: dict
+    pixels:       [B, 3, H, W] uint8 RGB; the tower normalises, on its own device.
+    kept_patches: [B, K] int64, ascending, patches of `pixels` that are kept; None where all are.
+    patches:      whole images of any shape, Tokens with x [T, 3 * S * S] uint8 for patches of S x S pixels in the
+                  order (channel, row, column).
+    places:       [T] int64, each patch's place in the grid of its own image, row by row.
+    grids:        [B, 2] int64, rows and columns of patches of each image, on the host.
+    regions:      what a detector found.
+    """
+
+    pixels: Tensor | None = None
+    kept_patches: Tensor | None = None
+    patches: Tokens | None = None
+    places: Tensor | None = None
+    grids: Tensor | None = None
+    regions: Regions | None = None
+
+    def __len__(self) -> int:
+        if self.pixels is not None:
+            return len(self.pixels)
+        tokens = self.patches if self.regions is None else self.regions.features
+        assert tokens is not None, "a Pictures without pixels, patches and regions"
+        return len(tokens.offsets) - 1
+
+
+class MaskedWords(NamedTuple):
+    """Words to be guessed. They share the packing of the batch's text.
+
+    ids:    [T] int64, the text's ids, some of them replaced.
+    chosen: [T] bool, where the original id is to be guessed.
+    count:  how many are, known on the host.
+    """
+
+    ids: Tensor
+    chosen: Tensor
+    count: int
+
+
+class MaskedRegions(NamedTuple):
+    """Regions to be guessed. They share the packing of the batch's regions.
+
+    chosen: [R] bool.
+    count:  how many are, known on the host.
+    """
+
+    chosen: Tensor
+    count: int
+
+
+class Partners(NamedTuple):
+    """For image-text matching: B pictures of which some belong to other samples.
+
+    pictures: of each text its own, or another sample's.
+    matches:  [B] bool, whether it is its own.
+    """
+
+    pictures: Pictures
+    matches: Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
     """B pairs on one rank.
 
-    images:       [B, 3, H, W] uint8 RGB; the image tower normalises, on its own device.
+    pictures:     the images.
     text:         token ids, Tokens with x [T] int64.
     positions:    [B] int64, each sample's place in the endless global order: with the seed it keys every random choice.
-    kept_patches: [B, K] int64, ascending, or None where every patch is kept.
     keys:         the samples' keys in their shards.
     views:        [B, V, 3, H, W] uint8, V further crops of each image, or None where there are none.
     view_parameters: [B, V, 8] fp32, what `ops/augment.py` does to each view; stays on the host, which plans by it.
-    patches:      whole images of any shape as packed patches, Tokens with x [T, 3 * S * S] uint8 for patches of S x S
-                  pixels in the order (channel, row, column), row by row; `images` is then [B, 3, 0, 0]. Or None.
-    grids:        [B, 2] int64, rows and columns of patches of each image, on the host; None where patches is.
+    masked_words, masked_regions, partners: what the method's task wants, or None.
+    draws:        [B, n] fp64, uniform in [0, 1), for what the method draws per sample; None where it draws nothing.
+    task:         which of the method's tasks this batch is for, the same on all ranks; empty where there is but one.
     """
 
-    images: Tensor
+    pictures: Pictures
     text: Tokens
     positions: Tensor
-    kept_patches: Tensor | None
     keys: tuple[str, ...]
     views: Tensor | None = None
     view_parameters: Tensor | None = None
-    patches: Tokens | None = None
-    grids: Tensor | None = None
+    masked_words: MaskedWords | None = None
+    masked_regions: MaskedRegions | None = None
+    partners: Partners | None = None
+    draws: Tensor | None = None
+    task: str = ""
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.keys)
 
     def to(self, device: torch.device | str) -> "Batch":
         """On a device, all but positions, view_parameters and grids, which the host reads; copies overlap if pinned."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+        return _moved(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """In page-locked memory, all that `to` moves. The name is the one that torch's DataLoader looks for."""
-        return self._moved(Tensor.pin_memory)
+        return _moved(self, Tensor.pin_memory)
 
     def moving(self) -> list[Tensor]:
         """The tensors that `to` moves."""
         tensors: list[Tensor] = []
-        self._moved(lambda tensor: tensors.append(tensor) or tensor)
+        _moved(self, lambda tensor: tensors.append(tensor) or tensor)
         return tensors
-
-    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        return replace(
-            self,
-            images=move(self.images),
-            text=_moved_tokens(self.text, move),
-            kept_patches=None if self.kept_patches is None else move(self.kept_patches),
-            views=None if self.views is None else move(self.views),
-            patches=None if self.patches is None else _moved_tokens(self.patches, move),
-        )
 
     def split(self, parts: int) -> list["Batch"]:
         """Cut into micro-batches of equal size, in order. Call on the host: it reads offsets.
@@ -188,29 +207,85 @@ class Batch:
         """
         if parts < 1 or len(self) % parts:
             raise ValueError(f"cannot cut a batch of {len(self)} pairs into {parts} equal micro-batches")
-        if parts == 1:
-            return [self]
-        size, texts = len(self) // parts, unpack(self.text)
-        patches = None if self.patches is None else unpack(self.patches)
-        return [
-            Batch(
-                self.images[i : i + size],
-                pack(texts[i : i + size]),
-                self.positions[i : i + size],
-                _rows(self.kept_patches, i, i + size),
-                self.keys[i : i + size],
-                _rows(self.views, i, i + size),
-                _rows(self.view_parameters, i, i + size),
-                None if patches is None else pack(patches[i : i + size]),
-                _rows(self.grids, i, i + size),
-            )
-            for i in range(0, len(self), size)
-        ]
+        size = len(self) // parts
+        return [self] if parts == 1 else [self.part(i, i + size) for i in range(0, len(self), size)]
+
+    def part(self, first: int, last: int) -> "Batch":
+        """Pairs first to last. Call on the host: it reads offsets."""
+        words = span(self.text, first, last)
+        regions = slice(0, 0) if self.pictures.regions is None else span(self.pictures.regions.features, first, last)
+        masked, guessed = self.masked_words, self.masked_regions
+        return replace(
+            self,
+            pictures=part_of_pictures(self.pictures, first, last),
+            text=part_of_tokens(self.text, first, last),
+            positions=self.positions[first:last],
+            keys=self.keys[first:last],
+            views=_rows(self.views, first, last),
+            view_parameters=_rows(self.view_parameters, first, last),
+            masked_words=masked
+            and MaskedWords(masked.ids[words], masked.chosen[words], int(masked.chosen[words].sum())),
+            masked_regions=guessed and MaskedRegions(guessed.chosen[regions], int(guessed.chosen[regions].sum())),
+            partners=self.partners
+            and Partners(part_of_pictures(self.partners.pictures, first, last), self.partners.matches[first:last]),
+            draws=_rows(self.draws, first, last),
+        )
 
 
-def _moved_tokens(tokens: Tokens, move: Callable[[Tensor], Tensor]) -> Tokens:
-    return Tokens(move(tokens.x), move(tokens.offsets), tokens.longest)
+ON_THE_HOST = ("positions", "view_parameters", "grids")
+T = TypeVar("T")
 
 
-def _rows(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if tensor is None else tensor[start:stop]
+def _moved(noun: T, move: Callable[[Tensor], Tensor]) -> T:
+    """The noun with each tensor in it, those of nouns within too, moved; but for those that the host reads."""
+
+    def moved(name: str, value: Any) -> Any:
+        if name in ON_THE_HOST:
+            return value
+        if isinstance(value, Tensor):
+            return move(value)
+        return _moved(value, move) if isinstance(value, NOUNS) else value
+
+    if isinstance(noun, tuple):
+        return type(noun)(*(moved(name, value) for name, value in zip(noun._fields, noun)))  # type: ignore[attr-defined]
+    changed = {field.name: moved(field.name, getattr(noun, field.name)) for field in fields(noun)}  # type: ignore[arg-type]
+    return replace(noun, **changed)  # type: ignore[type-var]
+
+
+NOUNS = (Tokens, Regions, Pictures, MaskedWords, MaskedRegions, Partners)
+
+
+def to_device(pictures: Pictures, device: torch.device | str) -> Pictures:
+    """All of it but the grids."""
+    return _moved(pictures, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def span(tokens: Tokens, first: int, last: int) -> slice:
+    """The rows of x that belong to sequences first to last. Waits for the device."""
+    return slice(int(tokens.offsets[first]), int(tokens.offsets[last]))
+
+
+def part_of_tokens(tokens: Tokens, first: int, last: int) -> Tokens:
+    """Sequences first to last. Waits for the device."""
+    offsets = tokens.offsets[first : last + 1] - tokens.offsets[first]
+    longest = int((offsets[1:] - offsets[:-1]).max()) if last > first else 0
+    return Tokens(tokens.x[span(tokens, first, last)], offsets, longest)
+
+
+def part_of_pictures(pictures: Pictures, first: int, last: int) -> Pictures:
+    """Images first to last. Waits for the device where they are not pixels."""
+    patches, regions = pictures.patches, pictures.regions
+    rows = slice(0, 0) if regions is None else span(regions.features, first, last)
+    return Pictures(
+        pixels=_rows(pictures.pixels, first, last),
+        kept_patches=_rows(pictures.kept_patches, first, last),
+        patches=patches and part_of_tokens(patches, first, last),
+        places=None if patches is None or pictures.places is None else pictures.places[span(patches, first, last)],
+        grids=_rows(pictures.grids, first, last),
+        regions=regions
+        and Regions(part_of_tokens(regions.features, first, last), regions.boxes[rows], regions.classes[rows]),
+    )
+
+
+def _rows(tensor: Tensor | None, first: int, last: int) -> Tensor | None:
+    return None if tensor is None else tensor[first:last]

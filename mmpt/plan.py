@@ -169,7 +169,10 @@ def meeting(setting: Setting) -> Meeting:
     text = towers(setting)[1].tokens - (0 if config.text_special_tokens else 2)
     share = config.token_keep_ratio
     return Meeting(
-        config.towers.embed_dim, share * config.towers.image.kept_patches, max(1, share * text), config.contrast
+        config.towers.embed_dim,
+        share * config.towers.image.inputs().kept_patches,
+        max(1, share * text),
+        config.contrast,
     )
 
 

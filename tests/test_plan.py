@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmpt import cli
-from mmpt.batch import Batch, pack
+from mmpt.batch import Batch, Pictures, pack
 from mmpt.engine.build import build
 from mmpt.engine.step import train_step
 from mmpt.methods.method import loss_of
@@ -33,7 +33,7 @@ def batch_for(recipe: Recipe, pairs: int = PAIRS, tokens: int = TOKENS) -> Batch
     size, generator = recipe.method.inputs().image_size, torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (pairs, 3, size, size), dtype=torch.uint8, generator=generator)
     texts = [torch.randint(1, 50, (tokens,), generator=generator) for _ in range(pairs)]
-    return Batch(images, pack(texts), torch.arange(pairs), None, ("",) * pairs)
+    return Batch(Pictures(images), pack(texts), torch.arange(pairs), ("",) * pairs)
 
 
 def planned(setting: Setting, *names: str) -> float:

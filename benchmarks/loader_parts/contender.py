@@ -63,15 +63,15 @@ def workers() -> tuple[set[str], float]:
 
 
 def mmpt(shards: Path, tokenizer: str, batch: int, size: int) -> Iterator[int]:
-    from mmpt.batch import InputSpec
     from mmpt.data.image import ImageConfig
     from mmpt.data.loader import DataConfig, build_loader
+    from mmpt.inputs import InputSpec
 
     image = ImageConfig(crop_scale=CROP_SCALE)
     config = DataConfig(shards=str(shards), tokenizer=tokenizer, workers=1, image=image)
     inputs = InputSpec(image_size=size, max_text_tokens=TEXT_TOKENS, vocab_size=ENDLESS)
     for made in build_loader(config, inputs, 0, batch, 0, 1):
-        assert made.images.shape == (batch, 3, size, size)
+        assert made.pictures.pixels.shape == (batch, 3, size, size)
         yield len(made)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mmpt.batch import Batch, InputSpec
+from mmpt.batch import Batch
 from mmpt.data import storage, workers
 from mmpt.data.benchmark import load_benchmark
 from mmpt.data.image import ImageConfig
@@ -24,6 +24,7 @@ from mmpt.data.sources import SEPARATOR, Sources, captions_per_source, split_sou
 from mmpt.data.stream import StreamMaker, stream_urls
 from mmpt.data.text import TEXT_LINES, check_vocabulary, load_tokenizer
 from mmpt.data.workers import BatchMaker
+from mmpt.inputs import InputSpec
 
 MOST_CHUNKS_WAITING = 4096
 

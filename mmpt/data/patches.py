@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mmpt.batch import InputSpec, Tokens, pack
+from mmpt.batch import Tokens, pack
+from mmpt.inputs import InputSpec
 
 
 def whole_size(width: int, height: int, inputs: InputSpec) -> tuple[int, int]:
@@ -24,8 +25,9 @@ def whole_size(width: int, height: int, inputs: InputSpec) -> tuple[int, int]:
     return rows * patch, columns * patch
 
 
-def pack_patches(images: Sequence[np.ndarray], patch_size: int) -> tuple[Tokens, torch.Tensor]:
-    """Images [3, H, W] uint8 as sequences of patches, row by row, and the grid (rows, columns) of each, [B, 2] int64.
+def pack_patches(images: Sequence[np.ndarray], patch_size: int) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
+    """Images [3, H, W] uint8 as sequences of patches, row by row; the place of each in its grid, [T] int64; and the
+    grid (rows, columns) of each image, [B, 2] int64.
 
     A patch is its pixels in the order (channel, row, column), as a convolution's weights have them: x is uint8
     [T, 3 * patch_size * patch_size]. Sides must be multiples of patch_size.
@@ -35,4 +37,5 @@ def pack_patches(images: Sequence[np.ndarray], patch_size: int) -> tuple[Tokens,
     for image, (rows, columns) in zip(images, grids, strict=True):
         cut = image.reshape(3, rows, patch_size, columns, patch_size).transpose(1, 3, 0, 2, 4)  # [gy, gx, 3, S, S]
         sequences.append(torch.from_numpy(cut.reshape(rows * columns, -1)))
-    return pack(sequences), torch.tensor(grids)
+    places = [torch.arange(rows * columns) for rows, columns in grids]
+    return pack(sequences), torch.cat(places), torch.tensor(grids)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mmpt.batch import Batch, InputSpec, Tokens
+from mmpt.batch import Batch, Pictures
 from mmpt.data.decode import ImageError
 from mmpt.data.image import ImageConfig, evaluation_image, training_images, whole_evaluation_image
 from mmpt.data.patches import pack_patches, whole_size
@@ -24,6 +24,7 @@ from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SourceReader, Sources
 from mmpt.data.text import CaptionFields, captions_of, draw_caption, metadata_of, tokenise
 from mmpt.data.views import draw_views
+from mmpt.inputs import InputSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,26 +75,23 @@ def training_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tupl
 
 def assemble(pipeline: Pipeline, pairs: Sequence[Pair], epochs: np.ndarray, positions: np.ndarray) -> Batch:
     """Stack, tokenise and pack B pairs. epochs, positions: [B] int64, what keyed their random choices."""
-    images, patches, grids = _images_or_patches([pair.image for pair in pairs], pipeline.inputs)
+    kept = kept_patches(pipeline, list(zip(epochs.tolist(), positions.tolist(), strict=True)))
     return Batch(
-        images=images,
+        pictures=pictures_of([pair.image for pair in pairs], pipeline.inputs, kept),
         text=tokenise(pipeline.tokenizer, [pair.caption for pair in pairs], pipeline.inputs),
         positions=torch.from_numpy(positions.copy()),
-        kept_patches=kept_patches(pipeline, list(zip(epochs.tolist(), positions.tolist(), strict=True))),
         keys=tuple(pair.key for pair in pairs),
         views=_stacked([pair.views for pair in pairs]),  # [B, V, 3, H, W]
         view_parameters=_stacked([pair.view_parameters for pair in pairs]),  # [B, V, 8]
-        patches=patches,
-        grids=grids,
     )
 
 
-def _images_or_patches(
-    images: Sequence[np.ndarray], inputs: InputSpec
-) -> tuple[torch.Tensor, Tokens | None, torch.Tensor | None]:
+def pictures_of(images: Sequence[np.ndarray], inputs: InputSpec, kept: torch.Tensor | None) -> Pictures:
+    """Images [3, H, W] uint8 in the form that the method takes. kept: [B, K], the patches of each that stay."""
     if inputs.image_resize == "square":
-        return torch.from_numpy(np.stack(images)), None, None  # [B, 3, H, W]
-    return torch.empty(len(images), 3, 0, 0, dtype=torch.uint8), *pack_patches(images, inputs.patch_size)
+        return Pictures(pixels=torch.from_numpy(np.stack(images)), kept_patches=kept)  # [B, 3, H, W]
+    patches, places, grids = pack_patches(images, inputs.patch_size)
+    return Pictures(patches=patches, places=places, grids=grids)
 
 
 def _stacked(arrays: Sequence[np.ndarray]) -> torch.Tensor | None:
@@ -140,18 +138,13 @@ def evaluation_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tu
     """
     raw = reader.read(work.chunks, work.indices)
     metadata = [describe(sample, pipeline.sources.captions[0]) for sample in raw]
-    images, patches, grids = _images_or_patches(
-        [_evaluation_image(sample, pipeline) for sample in raw], pipeline.inputs
-    )
+    images = [_evaluation_image(sample, pipeline) for sample in raw]
     captions = [(known["captions"] or [""])[0] for known in metadata]
     batch = Batch(
-        images=images,
+        pictures=pictures_of(images, pipeline.inputs, kept=None),
         text=tokenise(pipeline.tokenizer, captions, pipeline.inputs),
         positions=torch.from_numpy(work.positions.copy()),
-        kept_patches=None,
         keys=tuple(sample.key for sample in raw),
-        patches=patches,
-        grids=grids,
     )
     return batch, metadata
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmpt.batch import InputSpec, Tokens, pack
+from mmpt.batch import Tokens, pack
+from mmpt.inputs import InputSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

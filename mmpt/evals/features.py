@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mmpt import dist
-from mmpt.batch import InputSpec, Tokens, concatenate, pack, pack_equal, unpack
+from mmpt.batch import Pictures, Regions, Tokens, concatenate, pack, pack_equal, to_device, unpack
+from mmpt.inputs import InputSpec
 from mmpt.ops.features import Features, sequences
 
 Call = Callable[..., Any]
@@ -27,12 +28,22 @@ def in_step(items: Iterator[T], device: torch.device | str) -> Iterator[T | None
         item = None if item is None else next(items, None)
 
 
-def encode_images(call: Call, images: Tensor | None, inputs: InputSpec, device: torch.device | str) -> Features:
-    """Features of [B, 3, H, W] uint8 images; for None, encode a blank to keep step and return features of no image."""
-    if images is not None:
-        return call("encode_image", images.to(device))
-    blank = torch.zeros(1, 3, inputs.image_size, inputs.image_size, dtype=torch.uint8, device=device)
-    return none_of(call("encode_image", blank))
+def encode_images(call: Call, pictures: Pictures | None, inputs: InputSpec, device: torch.device | str) -> Features:
+    """Features of B images; for None, encode a blank to keep step and return features of no image."""
+    if pictures is not None:
+        return call("encode_image", to_device(pictures, device))
+    return none_of(call("encode_image", to_device(blank(inputs), device)))
+
+
+def blank(inputs: InputSpec) -> Pictures:
+    """One image in the form that the method takes, with nothing on it."""
+    if inputs.regions is not None:
+        one = pack_equal(torch.zeros(1, 1, inputs.regions.width, dtype=torch.float16))
+        return Pictures(regions=Regions(one, torch.zeros(1, 7), torch.zeros(1, inputs.regions.classes)))
+    if inputs.image_resize == "square":
+        return Pictures(pixels=torch.zeros(1, 3, inputs.image_size, inputs.image_size, dtype=torch.uint8))
+    patch = pack_equal(torch.zeros(1, 1, 3 * inputs.patch_size**2, dtype=torch.uint8))
+    return Pictures(patches=patch, places=torch.zeros(1, dtype=torch.int64), grids=torch.ones(1, 2, dtype=torch.int64))
 
 
 def encode_texts(call: Call, ids: Tokens | None, inputs: InputSpec, device: torch.device | str) -> Features:

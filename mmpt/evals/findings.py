@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from mmpt import dist
-from mmpt.batch import InputSpec
 from mmpt.data.loader import DataConfig
 from mmpt.data.text import load_tokenizer
 from mmpt.evals.controls import colour_histograms, fit_bag_of_words, fit_bigrams, text_only_twins
 from mmpt.evals.retrieval import KS, Pairs, retrieval
 from mmpt.evals.suite import EvalConfig, Rank, caption_list, evaluate, prefix, what_is_said
+from mmpt.inputs import InputSpec
 
 FITTED_PAIRS = 20_000
 """Training pairs that controls are fitted on, at most."""
@@ -61,8 +61,8 @@ def find(
 def training_pairs(rank: Rank, shards: str) -> tuple[torch.Tensor, list[str]]:
     """Colour histograms and first captions of the first FITTED_PAIRS training samples."""
     histograms, captions = [], []
-    for batch, known in rank.batches(shards):
-        histograms.append(colour_histograms(batch.images))
+    for pixels, known in rank.pixels(shards):
+        histograms.append(colour_histograms(pixels))
         captions += [sample["captions"][0] for sample in known]
         if len(captions) >= FITTED_PAIRS:
             break
@@ -71,8 +71,8 @@ def training_pairs(rank: Rank, shards: str) -> tuple[torch.Tensor, list[str]]:
 
 def _control_pairs(rank: Rank, control: Any, folder: str) -> Pairs:
     histograms, known = [], []
-    for batch, samples in rank.batches(folder):
-        histograms.append(colour_histograms(batch.images))
+    for pixels, samples in rank.pixels(folder):
+        histograms.append(colour_histograms(pixels))
         known += samples
     owner, texts = caption_list(known)
     image, text = control.encode_image(torch.cat(histograms)), control.encode_text(texts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mmpt.batch import InputSpec, Tokens
+from mmpt.batch import Tokens, to_device
 from mmpt.data.loader import DataConfig
 from mmpt.data.text import load_tokenizer
 from mmpt.evals.exhibits import evenly, image_queries, text_queries, words_on_image
@@ -19,6 +19,7 @@ from mmpt.evals.report_pictures import Album, image_query, text_query, word_maps
 from mmpt.evals.report_tables import retrieval_table, short_name, tiles, understanding
 from mmpt.evals.retrieval import find_truth
 from mmpt.evals.suite import EvalConfig, Rank, caption_list, what_is_said
+from mmpt.inputs import InputSpec
 from mmpt.ops.features import Features
 
 SHOWN_QUERIES = 6
@@ -109,9 +110,9 @@ def exhibition(rank: Rank, method: Any, folder: str, name: str) -> tuple[Album, 
 def _first_images(rank: Rank, folder: str) -> tuple[torch.Tensor, Features, list[dict]]:
     """Pixels and features of the first SEARCHED_IMAGES or a few more, and what is known of each."""
     pixels, features, known = [], [], []
-    for batch, samples in rank.batches(folder):
-        pixels.append(batch.images)
-        features.append(rank.call("encode_image", batch.images.to(rank.device)))
+    for (batch, samples), (seen, _) in zip(rank.batches(folder), rank.pixels(folder), strict=True):
+        pixels.append(seen)
+        features.append(rank.call("encode_image", to_device(batch.pictures, rank.device)))
         known += samples
         if len(known) >= SEARCHED_IMAGES:
             break

@@ -1,13 +1,14 @@
 """What is measured during and after training, and one call that measures it."""
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmpt import dist
-from mmpt.batch import Batch, InputSpec, Tokens
+from mmpt.batch import Batch, Tokens
 from mmpt.data.loader import DataConfig, eval_batches
 from mmpt.data.text import load_tokenizer, tokenise
 from mmpt.evals.alignment import Span, token_spans
@@ -16,6 +17,7 @@ from mmpt.evals.prompts import load_prompts
 from mmpt.evals.retrieval import Pairs, retrieval
 from mmpt.evals.scenes import scenes
 from mmpt.evals.zero_shot import zero_shot
+from mmpt.inputs import InputSpec
 from mmpt.ops.features import Features
 
 
@@ -82,11 +84,19 @@ class Rank:
         """Our share of the samples, as `eval_batches` makes them."""
         return eval_batches(folder, self.data, self.inputs, dist.rank(), dist.world_size(), self.config.batch)
 
+    def pixels(self, folder: str) -> Iterator[tuple[Tensor, list[dict]]]:
+        """Our share of the images as [B, 3, S, S] uint8, whatever the method takes, and what is known of each."""
+        square = replace(self.inputs, image_resize="square", patches=0, kept_patches=0, regions=None)
+        made = eval_batches(folder, self.data, square, dist.rank(), dist.world_size(), self.config.batch)
+        for batch, known in made:
+            assert batch.pictures.pixels is not None
+            yield batch.pictures.pixels, known
+
     def encode_images(self, folder: str) -> tuple[Features, list[dict]]:
         """Features of our share of the images, and what is known of each. Collective."""
         features, known = [], []
         for item in in_step(self.batches(folder), self.device):
-            features.append(encode_images(self.call, item and item[0].images, self.inputs, self.device))
+            features.append(encode_images(self.call, item and item[0].pictures, self.inputs, self.device))
             known += item[1] if item else []
         return join(features), known
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmpt import dist
-from mmpt.batch import Batch, InputSpec, Tokens
+from mmpt.batch import Batch, Tokens
 from mmpt.evals.features import (
     Call,
     encode_all_texts,
@@ -25,6 +25,7 @@ from mmpt.evals.features import (
     select,
 )
 from mmpt.evals.ranking import expected_hits
+from mmpt.inputs import InputSpec
 from mmpt.ops.features import Features, cut, sequences
 
 KS = (1, 5)
@@ -53,7 +54,7 @@ def zero_shot(
     total = sequences(encoded) // templates
     hits = torch.zeros(total, len(KS) + 1, dtype=torch.float64)  # the last column counts images
     for item in in_step(batches, device):
-        image = encode_images(call, None if item is None else item[0].images, inputs, device)
+        image = encode_images(call, None if item is None else item[0].pictures, inputs, device)
         if item is None:
             continue
         scores = class_scores(method, image, classes)  # [B, C]

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mmpt.batch import Batch, InputSpec, Tokens
+from mmpt.batch import Batch, Pictures, Tokens
+from mmpt.inputs import InputSpec
 from mmpt.methods.method import Method, Term, contrastive_terms
 from mmpt.models.dual_tower import DualTower, DualTowerConfig
 from mmpt.models.logit_scale import LogitScale
-from mmpt.models.pooling import first_token, last_token
 from mmpt.ops.capped_exp import capped_exp
 from mmpt.ops.contrast.loss import ContrastConfig, contrast
 from mmpt.ops.similarity import similarity
@@ -28,10 +28,6 @@ class CLIPConfig:
     """Logits are never multiplied by more."""
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
 
-    def __post_init__(self) -> None:
-        if not self.towers.image.class_token:
-            raise ValueError("CLIP reads an image from its class token; towers.image.class_token is false")
-
     def inputs(self) -> InputSpec:
         return self.towers.inputs()
 
@@ -45,19 +41,19 @@ class CLIP(Method):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.contrast = config.contrast
-        self.towers = DualTower(config.towers)
+        self.towers = DualTower(config.towers, of="summary")
         self.logit_scale = LogitScale(1 / config.initial_temperature, config.max_logit_scale, capped_exp)
 
-    def encode_image(self, images: Tensor, kept_patches: Tensor | None = None) -> Tensor:
+    def encode_image(self, pictures: Pictures) -> Tensor:
         """[B, embed_dim] from [CLS]."""
-        return self.towers.project_image(first_token(self.towers.image(images, kept_patches)))
+        return self.towers.image_vector(pictures)
 
     def encode_text(self, ids: Tokens) -> Tensor:
         """[B, embed_dim] from [EOT]."""
-        return self.towers.project_text(last_token(self.towers.text(ids)))
+        return self.towers.text_vector(ids)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.encode_image(batch.images, batch.kept_patches), self.encode_text(batch.text)
+        return self.encode_image(batch.pictures), self.encode_text(batch.text)
 
     def objective(self, image: Tensor, text: Tensor) -> dict[str, Term]:
         scale = self.logit_scale()

@@ -12,11 +12,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from mmpt.batch import Batch, InputSpec, Tokens
+from mmpt.batch import Batch, Pictures, Tokens
+from mmpt.inputs import InputSpec
 from mmpt.methods.method import Method, Term, contrastive_terms
 from mmpt.models.dual_tower import DualTower, DualTowerConfig
 from mmpt.models.logit_scale import LogitScale
-from mmpt.models.pooling import without_first_token
 from mmpt.ops.capped_exp import capped_exp
 from mmpt.ops.contrast.loss import ContrastConfig, contrast
 from mmpt.ops.late_interaction.op import WinnersPolicy, late_interaction
@@ -58,23 +58,20 @@ class FILIP(Method):
     def __init__(self, config: FILIPConfig):
         super().__init__()
         self.config = config
-        self.towers = DualTower(config.towers)
+        self.towers = DualTower(config.towers, of="tokens")
         self.logit_scale = LogitScale(1 / config.initial_temperature, config.max_logit_scale, capped_exp)
 
-    def encode_image(self, images: Tensor, kept_patches: Tensor | None = None) -> Tokens:
+    def encode_image(self, pictures: Pictures) -> Tokens:
         """A vector of length 1 per patch."""
-        tokens = self.towers.image(images, kept_patches)
-        patches = without_first_token(tokens) if self.config.towers.image.class_token else tokens
-        return patches.with_x(self.towers.project_image(patches.x))
+        return self.towers.image_tokens(pictures)
 
     def encode_text(self, ids: Tokens) -> Tokens:
         """A vector of length 1 per text token."""
-        tokens = self.towers.text(ids)
-        tokens = tokens.with_x(self.towers.project_text(tokens.x))
+        tokens = self.towers.text_tokens(ids)
         return tokens if self.config.text_special_tokens else drop_ends(tokens)
 
     def encode(self, batch: Batch) -> tuple[Tokens, Tokens]:
-        return self.encode_image(batch.images, batch.kept_patches), self.encode_text(batch.text)
+        return self.encode_image(batch.pictures), self.encode_text(batch.text)
 
     def objective(self, image: Tokens, text: Tokens) -> dict[str, Term]:
         if self.config.token_keep_ratio < 1.0:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpt import dist
-from mmpt.batch import Batch, InputSpec
+from mmpt.batch import Batch
+from mmpt.inputs import InputSpec
 from mmpt.ops.contrast.loss import Contrast
 from mmpt.ops.contrast.softmax import Softmax
 

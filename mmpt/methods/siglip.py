@@ -8,13 +8,14 @@ As published, an image is read by attention with a learned query, and a text, fi
 like any token, from its last token. (A tower without pads would be another model.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
 from mmpt import dist
-from mmpt.batch import Batch, InputSpec, Tokens
+from mmpt.batch import Batch, Pictures, Tokens
+from mmpt.inputs import InputSpec, combined
 from mmpt.methods.method import Method, Term, first_pair, pairs_of, reported_terms
 from mmpt.models.dual_tower import unit
 from mmpt.models.image import SIZES, ViT, ViTConfig
@@ -37,14 +38,7 @@ class SigLIPConfig:
     """Added to the logits at the start, when almost no pair is a match."""
 
     def inputs(self) -> InputSpec:
-        return InputSpec(
-            image_size=self.image.image_size,
-            max_text_tokens=self.text.max_tokens,
-            vocab_size=self.text.vocab_size,
-            text_padding="max",
-            patches=self.image.patches,
-            kept_patches=self.image.kept_patches,
-        )
+        return replace(combined(self.image.inputs(), self.text.inputs()), text_padding="max")
 
     def build(self) -> "SigLIP":
         return SigLIP(self)
@@ -73,16 +67,16 @@ class SigLIP(Method):
         self.logit_scale = LogitScale(1 / config.initial_temperature, float("inf"), capped_exp)
         self.logit_bias = LogitBias(config.initial_bias)
 
-    def encode_image(self, images: Tensor, kept_patches: Tensor | None = None) -> Tensor:
+    def encode_image(self, pictures: Pictures) -> Tensor:
         """[B, D] from attention over the patches, each row of length 1."""
-        return unit(self.image_pooling(self.image(images, kept_patches)))
+        return unit(self.image_pooling(self.image(pictures)))
 
     def encode_text(self, ids: Tokens) -> Tensor:
         """[B, D] from the last token, each row of length 1. Texts come filled up to max_tokens."""
         return unit(self.text_projection(last_token(self.text(ids))))
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.encode_image(batch.images, batch.kept_patches), self.encode_text(batch.text)
+        return self.encode_image(batch.pictures), self.encode_text(batch.text)
 
     def objective(self, image: Tensor, text: Tensor) -> dict[str, Term]:
         scale = self.logit_scale()

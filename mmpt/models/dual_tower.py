@@ -1,51 +1,75 @@
 """Two towers into one space: the architecture of CLIP (Radford et al. 2021) and of all that followed."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mmpt.batch import InputSpec
-from mmpt.models.image import ViT, ViTConfig
-from mmpt.models.text import TextTransformer, TextTransformerConfig
+from mmpt.batch import Pictures, Tokens
+from mmpt.inputs import InputSpec, combined
+from mmpt.models.tower import ImageTowerConfig, TextTowerConfig
 
 
 @dataclass(frozen=True)
 class DualTowerConfig:
-    image: ViTConfig
-    text: TextTransformerConfig
+    image: ImageTowerConfig
+    text: TextTowerConfig
     embed_dim: int
     """Width of the shared space: of CLIP's one vector, of each of FILIP's token vectors."""
+    project_image: bool = True
+    """Whether image features are projected; where not (ALIGN, CLIP's ResNets) they must be embed_dim wide."""
 
     def inputs(self) -> InputSpec:
-        return InputSpec(
-            image_size=self.image.image_size,
-            max_text_tokens=self.text.max_tokens,
-            vocab_size=self.text.vocab_size,
-            patches=self.image.patches,
-            kept_patches=self.image.kept_patches,
-        )
+        return combined(self.image.inputs(), self.text.inputs())
 
 
 class DualTower(nn.Module):
-    """`image` and `text` towers, each with a projection without bias. Projected features have length 1."""
+    """`image` and `text` towers, each with a projection without bias. Projected features have length 1.
 
-    def __init__(self, config: DualTowerConfig):
+    of: what is projected, the towers' summaries or their tokens. ValueError where a tower does not have it, or has it
+    in another width than embed_dim and no projection.
+    """
+
+    def __init__(self, config: DualTowerConfig, of: Literal["summary", "tokens"]):
         super().__init__()
-        self.image, self.text = ViT(config.image), TextTransformer(config.text)
-        self.image_projection = nn.Linear(config.image.trunk.width, config.embed_dim, bias=False)
-        self.text_projection = nn.Linear(config.text.trunk.width, config.embed_dim, bias=False)
-        nn.init.normal_(self.image_projection.weight, std=config.image.trunk.width**-0.5)
-        nn.init.normal_(self.text_projection.weight, std=config.text.trunk.width**-0.5)
+        image_width, text_width = (
+            tower.summary_width if of == "summary" else tower.width for tower in (config.image, config.text)
+        )
+        if min(image_width, text_width) < 1:
+            raise ValueError("the method reads one vector per image and text; a tower is configured to have no summary")
+        if not config.project_image and image_width != config.embed_dim:
+            raise ValueError(
+                f"embed_dim is {config.embed_dim}, the image tower's width {image_width}, and nothing projects"
+            )
+        self.image, self.text = config.image.build(), config.text.build()
+        self.image_projection = _projection(image_width, config.embed_dim) if config.project_image else nn.Identity()
+        self.text_projection = _projection(text_width, config.embed_dim)
 
-    def project_image(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., embed_dim], each row of length 1."""
-        return unit(self.image_projection(x))
+    def image_vector(self, pictures: Pictures) -> Tensor:
+        """[B, embed_dim], each row of length 1."""
+        return unit(self.image_projection(self.image.summary(self.image(pictures))))
 
-    def project_text(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., embed_dim], each row of length 1."""
-        return unit(self.text_projection(x))
+    def text_vector(self, ids: Tokens) -> Tensor:
+        """[B, embed_dim], each row of length 1."""
+        return unit(self.text_projection(self.text.summary(self.text(ids))))
+
+    def image_tokens(self, pictures: Pictures) -> Tokens:
+        """[T, embed_dim], each row of length 1: a vector per place of the image."""
+        places = self.image.local(self.image(pictures))
+        return places.with_x(unit(self.image_projection(places.x)))
+
+    def text_tokens(self, ids: Tokens) -> Tokens:
+        """[T, embed_dim], each row of length 1: a vector per token of the text."""
+        tokens = self.text(ids)
+        return tokens.with_x(unit(self.text_projection(tokens.x)))
+
+
+def _projection(width: int, embed_dim: int) -> nn.Linear:
+    linear = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    return linear
 
 
 def unit(x: Tensor) -> Tensor:

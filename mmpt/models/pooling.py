@@ -18,15 +18,26 @@ def last_token(tokens: Tokens) -> Tensor:
     return tokens.x[tokens.offsets[1:].long() - 1]
 
 
-def without_first_token(tokens: Tokens) -> Tokens:
-    """Every sequence without its first token, [CLS]; sequences are equally long, as an image tower makes them.
+def mean_token(tokens: Tokens) -> Tensor:
+    """[B, D], the mean of each sequence's tokens, summed in at least fp32."""
+    count, exact = len(tokens.offsets) - 1, torch.promote_types(tokens.x.dtype, torch.float32)
+    if count * tokens.longest == len(tokens.x):
+        return tokens.x.unflatten(0, (count, tokens.longest)).mean(1, dtype=exact).to(tokens.x.dtype)
+    sums = torch.zeros(count, tokens.x.shape[1], dtype=exact, device=tokens.x.device)
+    sums = sums.index_add(0, tokens.sequence_index(), tokens.x.to(exact))
+    return (sums / tokens.lengths()[:, None]).to(tokens.x.dtype)
 
-    Raises ValueError where they are not.
-    """
-    batch = len(tokens.offsets) - 1
-    if batch * tokens.longest != len(tokens.x):
-        raise ValueError(f"{batch} sequences of up to {tokens.longest} tokens have {len(tokens.x)}: not equally many")
-    return pack_equal(tokens.x.unflatten(0, (batch, tokens.longest))[:, 1:])
+
+def without_first_token(tokens: Tokens) -> Tokens:
+    """Every sequence without its first token, [CLS]."""
+    count = len(tokens.offsets) - 1
+    if count * tokens.longest == len(tokens.x):
+        return pack_equal(tokens.x.unflatten(0, (count, tokens.longest))[:, 1:])
+    # The number of tokens that stay is known on the host: no mask, whose result's size would wait for the device.
+    rows = torch.arange(len(tokens.x) - count, device=tokens.x.device)
+    offsets = tokens.offsets - torch.arange(count + 1, dtype=tokens.offsets.dtype, device=tokens.offsets.device)
+    index = torch.searchsorted(offsets, rows.to(offsets.dtype), right=True)  # 1 + the sequence of each that stays
+    return Tokens(tokens.x[rows + index], offsets, tokens.longest - 1)
 
 
 class AttentionPooling(nn.Module):

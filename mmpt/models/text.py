@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mmpt.batch import Tokens
+from mmpt.inputs import TextSpec
+from mmpt.models.pooling import last_token
+from mmpt.models.tower import TextTower
 from mmpt.models.transformer import Transformer, TransformerConfig
 
 
@@ -18,6 +21,20 @@ class TextTransformerConfig:
     """Longest caption, special tokens included: rows of the position embedding."""
     causal: bool = True
     """Whether a token sees only what comes before it."""
+
+    @property
+    def width(self) -> int:
+        return self.trunk.width
+
+    @property
+    def summary_width(self) -> int:
+        return self.trunk.width
+
+    def inputs(self) -> TextSpec:
+        return TextSpec(max_text_tokens=self.max_tokens, vocab_size=self.vocab_size)
+
+    def build(self) -> "TextTransformer":
+        return TextTransformer(self)
 
 
 class TextEmbedding(nn.Module):
@@ -37,8 +54,8 @@ class TextEmbedding(nn.Module):
         return nn.functional.embedding(ids.x, self.token_embedding) + self.position_embedding[ids.position()]
 
 
-class TextTransformer(nn.Module):
-    """ids: Tokens with x [T] int64 -> Tokens [T, D], after the final layer norm."""
+class TextTransformer(TextTower):
+    """ids: Tokens with x [T] int64 -> Tokens [T, D], after the final layer norm. The summary is the last token."""
 
     def __init__(self, config: TextTransformerConfig):
         super().__init__()
@@ -49,3 +66,6 @@ class TextTransformer(nn.Module):
     def forward(self, ids: Tokens) -> Tokens:
         tokens = self.trunk(ids.with_x(self.embedding(ids)))
         return tokens.with_x(self.ln_final(tokens.x))
+
+    def summary(self, tokens: Tokens) -> Tensor:
+        return last_token(tokens)

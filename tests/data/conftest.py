@@ -4,7 +4,7 @@ import pytest
 
 from data_tools.index import index
 from data_tools.tokenizer import save, train_bpe
-from mmpt.batch import InputSpec
+from mmpt.inputs import InputSpec
 from tests.data.shards import caption, write_shards
 
 

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from mmpt import dist
-from mmpt.batch import InputSpec
 from mmpt.data.loader import DataConfig, build_loader
+from mmpt.inputs import InputSpec
 
 STEPS, GLOBAL_BATCH, SAVE_EVERY, KILLS = 60, 24, 3, 20
 INPUTS = InputSpec(image_size=16, max_text_tokens=12, vocab_size=300)

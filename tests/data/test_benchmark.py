@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from webdataset.writer import TarWriter
 
-from mmpt.batch import InputSpec
 from mmpt.data.benchmark import load_benchmark, read_class_names, read_templates
 from mmpt.data.loader import DataConfig, eval_batches
 from mmpt.data.tar import ShardError
+from mmpt.inputs import InputSpec
 from tests.data.shards import picture
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmpt.batch import InputSpec
 from mmpt.data.device import DeviceLoader
 from mmpt.data.loader import DataConfig, build_loader
+from mmpt.inputs import InputSpec
 from tests.data.test_loader import GLOBAL_BATCH, assert_same, joined
 from tests.data.test_loader_sources import damaged_copy
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmpt.batch import Batch, InputSpec, concatenate, unpack
+from mmpt.batch import Batch, Pictures, concatenate, unpack
 from mmpt.data.image import ImageConfig, evaluation_image
 from mmpt.data.loader import DataConfig, Loader, build_loader, eval_batches
 from mmpt.data.manifest import FILE_NAME
 from mmpt.data.tar import ShardError
 from mmpt.data.text import load_tokenizer
+from mmpt.inputs import InputSpec
 from tests.data.shards import caption, picture
 
 GLOBAL_BATCH = 24
@@ -34,21 +35,21 @@ def take(loader: Loader, steps: int) -> list[Batch]:
 
 def joined(parts: list[Batch]) -> Batch:
     """The batches of all ranks as the global batch."""
+    pictures = [part.pictures for part in parts]
     return Batch(
-        torch.cat([part.images for part in parts]),
+        Pictures(torch.cat([p.pixels for p in pictures]), torch.cat([p.kept_patches for p in pictures])),  # type: ignore[arg-type]
         concatenate([part.text for part in parts]),
         torch.cat([part.positions for part in parts]),
-        torch.cat([part.kept_patches for part in parts]),  # type: ignore[arg-type]
         tuple(key for part in parts for key in part.keys),
     )
 
 
 def assert_same(a: Batch, b: Batch) -> None:
     assert a.keys == b.keys
-    assert torch.equal(a.images, b.images)
+    assert torch.equal(a.pictures.pixels, b.pictures.pixels)
     assert torch.equal(a.text.x, b.text.x) and torch.equal(a.text.offsets, b.text.offsets)
     assert torch.equal(a.positions, b.positions)
-    assert torch.equal(a.kept_patches, b.kept_patches)  # type: ignore[arg-type]
+    assert torch.equal(a.pictures.kept_patches, b.pictures.kept_patches)  # type: ignore[arg-type]
 
 
 def global_batches(
@@ -63,11 +64,17 @@ def global_batches(
 
 def test_a_batch_is_what_it_says(config: DataConfig, inputs: InputSpec):
     (batch,) = take(build_loader(config, inputs, 5, GLOBAL_BATCH, rank=1, world_size=3), 1)
-    assert batch.images.shape == (8, 3, 16, 16) and batch.images.dtype == torch.uint8 and len(set(batch.keys)) == 8
+    assert (
+        batch.pictures.pixels.shape == (8, 3, 16, 16)
+        and batch.pictures.pixels.dtype == torch.uint8
+        and len(set(batch.keys)) == 8
+    )
     assert batch.positions.dtype == torch.int64
-    assert batch.kept_patches is not None and batch.kept_patches.shape == (8, 8)
-    assert batch.kept_patches.dtype == torch.int64 and bool((batch.kept_patches.diff(dim=1) > 0).all())
-    assert int(batch.kept_patches.min()) >= 0 and int(batch.kept_patches.max()) < 16
+    assert batch.pictures.kept_patches is not None and batch.pictures.kept_patches.shape == (8, 8)
+    assert batch.pictures.kept_patches.dtype == torch.int64 and bool(
+        (batch.pictures.kept_patches.diff(dim=1) > 0).all()
+    )
+    assert int(batch.pictures.kept_patches.min()) >= 0 and int(batch.pictures.kept_patches.max()) < 16
     tokenizer = load_tokenizer(config.tokenizer)
     for key, ids in zip(batch.keys, unpack(batch.text), strict=True):
         full = [caption(int(key)), caption(int(key) + 1)]
@@ -112,9 +119,9 @@ def test_a_sample_varies_between_epochs(config: DataConfig, inputs: InputSpec):
     seen: dict[str, list[tuple]] = {}
     for batch in global_batches(config, inputs, 17):
         for i, (key, ids) in enumerate(zip(batch.keys, unpack(batch.text), strict=True)):
-            kept = batch.kept_patches[i]  # type: ignore[index]
+            kept = batch.pictures.kept_patches[i]  # type: ignore[index]
             seen.setdefault(key, []).append(
-                (tuple(ids.tolist()), batch.images[i].numpy().tobytes(), tuple(kept.tolist()))
+                (tuple(ids.tolist()), batch.pictures.pixels[i].numpy().tobytes(), tuple(kept.tolist()))
             )
     times = [len(views) for views in seen.values()]
     assert min(times) >= 4
@@ -127,11 +134,11 @@ def test_a_sample_varies_between_epochs(config: DataConfig, inputs: InputSpec):
 def test_kept_patches_are_uniform_and_absent_where_all_are_kept(config: DataConfig, inputs: InputSpec):
     counts = torch.zeros(16)
     for batch in global_batches(config, inputs, 40):
-        counts += torch.bincount(batch.kept_patches.flatten(), minlength=16)  # type: ignore[union-attr]
+        counts += torch.bincount(batch.pictures.kept_patches.flatten(), minlength=16)  # type: ignore[union-attr]
     assert counts.sum() == 40 * GLOBAL_BATCH * 8
     assert bool(((counts / (40 * GLOBAL_BATCH) - 0.5).abs() < 0.08).all())  # 5 sigma
     (batch,) = take(build_loader(config, replace(inputs, kept_patches=16), 5, GLOBAL_BATCH, 0, 1), 1)
-    assert batch.kept_patches is None
+    assert batch.pictures.kept_patches is None
 
 
 def test_the_global_random_state_is_left_alone(config: DataConfig, inputs: InputSpec):
@@ -239,14 +246,14 @@ def test_evaluation_sees_each_sample_once_in_stored_order(
     assert len({len(batches) for batches in ranks}) == 1  # every rank joins every forward pass
     keys = [key for batches in ranks for batch, _ in batches for key in batch.keys]
     assert keys == [f"{number:06d}" for number in range(97)]
-    assert all(len(batch) <= size and batch.kept_patches is None for batches in ranks for batch, _ in batches)
+    assert all(len(batch) <= size and batch.pictures.kept_patches is None for batches in ranks for batch, _ in batches)
     assert [p for batches in ranks for batch, _ in batches for p in batch.positions.tolist()] == list(range(97))
     for batch, metadata in (pair for batches in ranks for pair in batches):
         for i, known in enumerate(metadata):
             number = known["number"]
             assert known["key"] == batch.keys[i] and known["captions"] == [caption(number), caption(number + 1)]
             image = evaluation_image(picture(number, ("jpg", "png", "webp")[number % 3]), 16, config.image)
-            assert torch.equal(batch.images[i], torch.from_numpy(image))
+            assert torch.equal(batch.pictures.pixels[i], torch.from_numpy(image))
 
 
 def test_more_ranks_than_samples_are_refused(config: DataConfig, inputs: InputSpec):
@@ -259,7 +266,7 @@ def test_evaluation_in_workers_is_the_same(config: DataConfig, inputs: InputSpec
     alone = list(eval_batches(config.shards, config, inputs, 0, 1, 20))
     helped = list(eval_batches(config.shards, replace(config, workers=2), inputs, 0, 1, 20))
     assert [known for _, known in alone] == [known for _, known in helped]
-    assert all(torch.equal(a.images, b.images) for (a, _), (b, _) in zip(alone, helped, strict=True))
+    assert all(torch.equal(a.pictures.pixels, b.pictures.pixels) for (a, _), (b, _) in zip(alone, helped, strict=True))
 
 
 def test_the_manifest_file_may_be_named_instead_of_its_folder(config: DataConfig, inputs: InputSpec):

@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mmpt.batch import Batch, InputSpec
+from mmpt.batch import Batch
 from mmpt.data import workers
 from mmpt.data.loader import DataConfig, build_loader
+from mmpt.inputs import InputSpec
 from tests.data.test_loader import GLOBAL_BATCH, VARIED
 
 
@@ -38,11 +39,12 @@ def test_a_killed_worker_is_an_error_not_a_hang(config: DataConfig, inputs: Inpu
 
 PROGRAM = """
 import os, signal, sys
-from mmpt.batch import InputSpec
+from mmpt.inputs import InputSpec
 from mmpt.data.loader import DataConfig, build_loader
 if __name__ == "__main__":
     config = DataConfig(sys.argv[1], sys.argv[2], workers=2)
-    loader = build_loader(config, InputSpec(16, 12, 300), seed=0, global_batch=8, rank=0, world_size=1)
+    inputs = InputSpec(image_size=16, max_text_tokens=12, vocab_size=300)
+    loader = build_loader(config, inputs, seed=0, global_batch=8, rank=0, world_size=1)
     next(loader)
     print(*loader.worker_pids(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

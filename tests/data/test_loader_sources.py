@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data_tools.index import index
-from mmpt.batch import InputSpec
 from mmpt.data.loader import DataConfig, build_loader
+from mmpt.inputs import InputSpec
 from tests.data.shards import picture, write_shards
 from tests.data.test_loader import GLOBAL_BATCH, VARIED, assert_same, global_batches, take
 
@@ -48,7 +48,7 @@ def test_an_undecodable_image_is_replaced_and_noted(
                 stood_in.append(b.keys[i])
                 assert b.keys[i] in {"000045", "000046", "000047", "000049"}, "of the same chunk"
             else:
-                assert b.keys[i] == key and torch.equal(a.images[i], b.images[i])
+                assert b.keys[i] == key and torch.equal(a.pictures.pixels[i], b.pictures.pixels[i])
     assert replaced >= 2
 
     loader = build_loader(replace(broken, workers=workers), inputs, 5, GLOBAL_BATCH, 0, 1)

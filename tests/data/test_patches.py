@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from transformers.models.vilt.image_processing_pil_vilt import ViltImageProcessorPil
 
-from mmpt.batch import InputSpec, concatenate, unpack
+from mmpt.batch import concatenate, unpack
 from mmpt.data.image import ImageConfig, training_images, whole_evaluation_image
 from mmpt.data.loader import DataConfig, build_loader, eval_batches
 from mmpt.data.patches import pack_patches, whole_size
 from mmpt.data.randomness import generator
+from mmpt.inputs import InputSpec
 
 VILT = InputSpec(
     image_size=384, max_text_tokens=40, vocab_size=30522, image_resize="shorter_side", longest_side=639, patch_size=32
@@ -51,8 +52,9 @@ def test_native_images_stay_as_large_as_they_are_up_to_the_cap():
 def test_patches_are_those_of_unfold():
     random = np.random.default_rng(1)
     images = [random.integers(0, 256, (3, 8 * h, 8 * w), dtype=np.uint8) for h, w in ((1, 1), (2, 5), (4, 3))]
-    tokens, grids = pack_patches(images, 8)
+    tokens, places, grids = pack_patches(images, 8)
     assert grids.tolist() == [[1, 1], [2, 5], [4, 3]] and tokens.longest == 12 and tokens.x.dtype == torch.uint8
+    assert places.equal(tokens.position())
     assert tokens.offsets.tolist() == [0, 1, 11, 23]
     for image, patches in zip(images, unpack(tokens), strict=True):
         unfolded = torch.nn.functional.unfold(torch.from_numpy(image)[None].float(), 8, stride=8)  # [1, 3 * 64, P]
@@ -109,18 +111,18 @@ def test_the_loader_delivers_them_for_every_world_size(shards: str, tokenizer: s
         return [next(loader) for loader in loaders]
 
     (alone,), parts = first(1), first(4)
-    assert len(alone) == GLOBAL_BATCH and alone.images.shape == (GLOBAL_BATCH, 3, 0, 0)
+    assert len(alone) == GLOBAL_BATCH and alone.pictures.pixels is None
     assert alone.views.shape == (GLOBAL_BATCH, 1, 3, 32, 32)
-    assert alone.patches.x.shape[1] == 3 * 8 * 8 and alone.patches.x.dtype == torch.uint8
-    assert alone.grids.prod(1).tolist() == alone.patches.lengths().tolist()
-    assert len({tuple(grid) for grid in alone.grids.tolist()}) > 2
+    assert alone.pictures.patches.x.shape[1] == 3 * 8 * 8 and alone.pictures.patches.x.dtype == torch.uint8
+    assert alone.pictures.grids.prod(1).tolist() == alone.pictures.patches.lengths().tolist()
+    assert len({tuple(grid) for grid in alone.pictures.grids.tolist()}) > 2
     for others in (parts, alone.to("cpu").split(3)):
-        joined = concatenate([part.patches for part in others])
-        assert joined.x.equal(alone.patches.x) and joined.offsets.equal(alone.patches.offsets)
-        assert torch.cat([part.grids for part in others]).equal(alone.grids)
+        joined = concatenate([part.pictures.patches for part in others])
+        assert joined.x.equal(alone.pictures.patches.x) and joined.offsets.equal(alone.pictures.patches.offsets)
+        assert torch.cat([part.pictures.grids for part in others]).equal(alone.pictures.grids)
         assert sum(len(part) for part in others) == GLOBAL_BATCH
     ((evaluated, _), *_) = eval_batches(shards, config, wanting, 0, 1, 10)
-    assert len(evaluated) == 10 and evaluated.grids.prod(1).sum() == len(evaluated.patches.x)
+    assert len(evaluated) == 10 and evaluated.pictures.grids.prod(1).sum() == len(evaluated.pictures.patches.x)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmpt.batch import Batch, InputSpec
+from mmpt.batch import Batch
 from mmpt.data.loader import DataConfig, Loader, build_loader
 from mmpt.data.stream import stream_urls
+from mmpt.inputs import InputSpec
 from tests.data.test_loader_sources import damaged_copy
 
 
@@ -31,7 +32,7 @@ def test_batches_of_what_the_shards_hold(config: DataConfig, inputs: InputSpec):
     assert loader.state == 30 * 24
     keys = {key for batch in batches for key in batch.keys}
     assert len(keys) > 60 and keys <= {f"{number:06d}" for number in range(97)}
-    assert all(batch.images.shape == (12, 3, 16, 16) for batch in batches)
+    assert all(batch.pictures.pixels.shape == (12, 3, 16, 16) for batch in batches)
     positions = torch.cat([batch.positions for batch in batches])
     assert len(positions.unique()) == len(positions), "each choice about a sample has a key of its own"
 

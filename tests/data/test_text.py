@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from data_tools.tokenizer import save, train_wordpiece
-from mmpt.batch import InputSpec, unpack
+from mmpt.batch import unpack
 from mmpt.data.text import (
     CaptionFields,
     caption_fields,
@@ -18,6 +18,7 @@ from mmpt.data.text import (
     load_tokenizer,
     tokenise,
 )
+from mmpt.inputs import InputSpec
 from tests.data.shards import caption
 
 

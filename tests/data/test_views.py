@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from mmpt.batch import Batch, InputSpec
+from mmpt.batch import Batch
 from mmpt.data.crop import random_crop_box
 from mmpt.data.image import ImageConfig, training_image, training_images
 from mmpt.data.loader import DataConfig, build_loader
 from mmpt.data.randomness import generator
 from mmpt.data.views import ViewConfig, draw_views
+from mmpt.inputs import InputSpec
 from mmpt.ops.augment import BLUR_SIGMA, BRIGHTNESS, CONTRAST, FLIP, GRAYSCALE, HUE, ORDER, SATURATION, augment
 from tests.data.shards import picture
 
@@ -97,7 +98,7 @@ def test_the_same_for_every_world_size(shards: str, tokenizer: str, inputs: Inpu
         assert difference.abs().max() <= 1 and (difference == 0).float().mean() > 0.999
     (plain,) = global_batches(config, inputs, 1, 1)[0]
     assert plain.views is None and plain.view_parameters is None
-    assert plain.images.equal(whole[0][0].images)
+    assert plain.pictures.pixels.equal(whole[0][0].pictures.pixels)
 
 
 def test_views_travel_with_their_batch(shards: str, tokenizer: str, inputs: InputSpec):

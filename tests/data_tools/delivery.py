@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from data_tools.__main__ import main
-from mmpt.batch import InputSpec
 from mmpt.data.loader import DataConfig, build_loader
 from mmpt.data.manifest import load_manifest
+from mmpt.inputs import InputSpec
 
 
 def index_and_load(
@@ -20,7 +20,7 @@ def index_and_load(
     try:
         while len(keys) < samples:
             made = next(loader)
-            assert made.images.shape == (batch, 3, inputs.image_size, inputs.image_size)
+            assert made.pictures.pixels.shape == (batch, 3, inputs.image_size, inputs.image_size)
             keys += made.keys
         assert not loader.take_quarantined()
     finally:

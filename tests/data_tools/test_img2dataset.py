@@ -18,8 +18,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from data_tools.__main__ import main
-from mmpt.batch import InputSpec
 from mmpt.data.manifest import FILE_NAME, load_manifest
+from mmpt.inputs import InputSpec
 from tests.data.shards import caption, picture
 from tests.data_tools.delivery import index_and_load
 from tests.data_tools.readback import read_back, samples

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.__main__ import main
-from mmpt.batch import InputSpec
+from mmpt.inputs import InputSpec
 from tests.data.shards import picture
 from tests.data_tools.delivery import index_and_load
 from tests.data_tools.layouts import failure, pack, write_images

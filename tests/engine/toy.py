@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpt import dist
-from mmpt.batch import Batch, Tokens, pack
+from mmpt.batch import Batch, Pictures, Tokens, pack
 from mmpt.methods.method import Method, Term
 
 VOCABULARY, PIXELS, WIDTH = 23, 3 * 4 * 4, 7
@@ -34,7 +34,7 @@ class Toy(Method):
         self.register_buffer("seen", torch.arange(5.0))
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tokens, Tokens]:
-        image = self.image(batch.images.flatten(1).to(self.image[0].weight.dtype) / 255)
+        image = self.image(batch.pictures.pixels.flatten(1).to(self.image[0].weight.dtype) / 255)
         return self.frozen(image), batch.text.with_x(self.text(batch.text.x)), batch.text
 
     def objective(self, image: Tensor, words: Tokens, ids: Tokens) -> dict[str, Term]:
@@ -73,5 +73,5 @@ def batches(pairs: int, steps: int, rank: int = 0, world_size: int = 1) -> list[
         texts = [text + 1 if i >= pairs * 3 // 4 else text for i, text in enumerate(texts)]
         own = slice(rank * pairs // world_size, (rank + 1) * pairs // world_size)
         count = len(range(pairs)[own])
-        out.append(Batch(images[own], pack(texts[own]), torch.arange(count), None, ("",) * count))
+        out.append(Batch(Pictures(images[own]), pack(texts[own]), torch.arange(count), ("",) * count))
     return out

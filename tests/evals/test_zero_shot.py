@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmpt.batch import Batch, InputSpec, Tokens, pack, unpack
+from mmpt.batch import Batch, Pictures, Tokens, pack, unpack
 from mmpt.evals.prompts import DEFAULT_TEMPLATES, Prompts, load_prompts
 from mmpt.evals.zero_shot import zero_shot
+from mmpt.inputs import InputSpec
 from tests.ranks import run
 
 CLASSES, TEMPLATES, IMAGES, WIDTH = 7, 3, 23, 6
@@ -27,7 +28,7 @@ class Vectors:
         if isinstance(argument, Tokens):
             assert name == "encode_text"
             return torch.stack([embedding[ids].mean(0) for ids in unpack(argument)])
-        return argument.flatten(1).float() @ pixels
+        return argument.pixels.flatten(1).float() @ pixels
 
     def score(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return image @ text.T, -(image @ text.T)  # only the first may be used
@@ -56,7 +57,7 @@ def data() -> tuple[list[tuple[Batch, list[dict]]], list[torch.Tensor]]:
     text = pack([torch.zeros(1, dtype=torch.int64)])
     batches = [
         (
-            Batch(images[i : i + 5], text, torch.zeros(0), None, ()),
+            Batch(Pictures(images[i : i + 5]), text, torch.zeros(0), ()),
             [{"key": str(i), "label": label} for label in labels[i : i + 5]],
         )
         for i in range(0, IMAGES, 5)

@@ -2,7 +2,7 @@
 
 import torch
 
-from mmpt.batch import Batch, pack
+from mmpt.batch import Batch, Pictures, pack
 from mmpt.methods.clip import CLIPConfig
 from mmpt.methods.filip import FILIPConfig
 from mmpt.methods.method import Method, MethodConfig
@@ -55,4 +55,4 @@ def batch(name: str, pairs: int, first: int, count: int, seed: int = 0) -> Batch
     if name == "siglip":
         texts = [torch.cat([text, text.new_zeros(MAX_TOKENS - len(text))]) for text in texts]
     own = slice(first, first + count)
-    return Batch(images[own], pack(texts[own]), torch.arange(first, first + count), None, ("",) * count)
+    return Batch(Pictures(images[own]), pack(texts[own]), torch.arange(first, first + count), ("",) * count)

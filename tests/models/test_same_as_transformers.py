@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmpt.batch import pack, pack_equal
+from mmpt.batch import Pictures, pack, pack_equal
 from mmpt.models.image import CLIP_MEAN, CLIP_STD, normalise
 from tests.models.weights import END, IMAGE_SIZE, MAX_TOKENS, VOCABULARY, clip_pair, siglip_pair
 
@@ -50,8 +50,8 @@ def test_clip(activation: str) -> None:
     torch.testing.assert_close(found, expected, **TOLERANCE)
     # transformers norms only [CLS]; ours norms every token, for FILIP
     states = theirs.vision_model.post_layernorm(out.vision_model_output.last_hidden_state)
-    torch.testing.assert_close(ours.towers.image(raw).x, states.flatten(0, 1), **TOLERANCE)
-    image, text = ours.encode_image(raw), ours.encode_text(pack(texts))
+    torch.testing.assert_close(ours.towers.image(Pictures(raw)).x, states.flatten(0, 1), **TOLERANCE)
+    image, text = ours.encode_image(Pictures(raw)), ours.encode_text(pack(texts))
     torch.testing.assert_close(image, out.image_embeds, **TOLERANCE)
     torch.testing.assert_close(text, out.text_embeds, **TOLERANCE)
     terms = ours.objective(image, text)
@@ -69,8 +69,10 @@ def test_siglip() -> None:
     torch.testing.assert_close(
         ours.text(pack_equal(ids)).x, out.text_model_output.last_hidden_state.flatten(0, 1), **TOLERANCE
     )
-    torch.testing.assert_close(ours.image(raw).x, out.vision_model_output.last_hidden_state.flatten(0, 1), **TOLERANCE)
-    image, text = ours.encode_image(raw), ours.encode_text(pack_equal(ids))
+    torch.testing.assert_close(
+        ours.image(Pictures(raw)).x, out.vision_model_output.last_hidden_state.flatten(0, 1), **TOLERANCE
+    )
+    image, text = ours.encode_image(Pictures(raw)), ours.encode_text(pack_equal(ids))
     torch.testing.assert_close(image, normalize(out.image_embeds, dim=-1), **TOLERANCE)
     torch.testing.assert_close(text, normalize(out.text_embeds, dim=-1), **TOLERANCE)
     torch.testing.assert_close(ours.objective(image, text)["sigmoid"].sum / 5, out.loss, **TOLERANCE)

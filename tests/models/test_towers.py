@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from mmpt.batch import pack, pack_equal, unpack
-from mmpt.models.dual_tower import unit
-from mmpt.models.image import SIZES, ViT, ViTConfig, vit
+from mmpt.batch import Pictures, Regions, Tokens, pack, pack_equal, unpack
+from mmpt.data.patches import pack_patches
+from mmpt.models.dual_tower import DualTower, DualTowerConfig, unit
+from mmpt.models.image import SIZES, ViT, ViTConfig, vit, with_first_token
 from mmpt.models.logit_scale import LogitBias, LogitScale
-from mmpt.models.pooling import AttentionPooling, first_token, last_token, without_first_token
+from mmpt.models.pooling import AttentionPooling, first_token, last_token, mean_token, without_first_token
+from mmpt.models.positions import positions_of_whole_images
 from mmpt.models.text import TextTransformer, TextTransformerConfig
 from mmpt.models.transformer import TransformerConfig
 from mmpt.ops.capped_exp import capped_exp
@@ -24,21 +26,26 @@ def raw(count: int, size: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+def unpacked(tokens: Tokens) -> torch.Tensor:
+    """[B, L, D] of equally long sequences."""
+    return torch.stack(unpack(tokens))
+
+
 @pytest.mark.parametrize("class_token", [True, False])
 def test_kept_patches_keep_their_content_and_position(class_token: bool) -> None:
     torch.manual_seed(0)
     model = ViT(replace(IMAGE, class_token=class_token))
     kept = torch.tensor([[0, 3, 15], [1, 2, 9]])
-    whole, part = model.embedding(raw(2), None), model.embedding(raw(2), kept)
+    whole, part = (unpacked(model.embedding(Pictures(raw(2), k))) for k in (None, kept))
     first = int(class_token)
     assert whole.shape[1] == 16 + first and part.shape[1] == 3 + first
     for i in range(2):
         torch.testing.assert_close(part[i, first:], whole[i, first:][kept[i]])
         assert torch.equal(part[i, :first], whole[i, :first])
-    tokens = model(raw(2), kept)
+    tokens = model(Pictures(raw(2), kept))
     assert tokens.longest == 3 + first and len(tokens.x) == 2 * tokens.longest
-    everything = model(raw(2), torch.arange(16).expand(2, 16)).x
-    torch.testing.assert_close(everything, model(raw(2)).x)
+    everything = model(Pictures(raw(2), torch.arange(16).expand(2, 16))).x
+    torch.testing.assert_close(everything, model(Pictures(raw(2))).x)
 
 
 def test_patches_are_those_of_a_convolution() -> None:
@@ -49,7 +56,7 @@ def test_patches_are_those_of_a_convolution() -> None:
     model.embedding.position_embedding.data.zero_()
     pixels = (raw(2) / 255 - torch.tensor(IMAGE.mean)[:, None, None]) / torch.tensor(IMAGE.std)[:, None, None]
     expected = convolution(pixels).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(model.embedding(raw(2), None)[:, 1:], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(unpacked(model.embedding(Pictures(raw(2))))[:, 1:], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "width", "depth", "heads"), [(k, *v) for k, v in SIZES.items()])
@@ -70,24 +77,24 @@ def test_kept_patches_in_training(share: float, kept: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compute_type_is_that_of_the_parameters(dtype: torch.dtype) -> None:
     image, text = ViT(IMAGE).to(dtype), TextTransformer(TEXT).to(dtype)
-    assert image(raw(2)).x.dtype == dtype
+    assert image(Pictures(raw(2))).x.dtype == dtype
     assert text(pack([torch.arange(5), torch.arange(3)])).x.dtype == dtype
     with torch.autocast("cpu", torch.bfloat16):
-        assert ViT(IMAGE)(raw(2)).x.isfinite().all()
+        assert ViT(IMAGE)(Pictures(raw(2))).x.isfinite().all()
     assert not list(image.buffers()), "an engine would round the pixels' mean and deviation to its own precision"
 
 
 def test_bf16_stays_close_to_fp32() -> None:
     torch.manual_seed(0)
     model = ViT(IMAGE)
-    exact = model(raw(2)).x
-    half = model.to(torch.bfloat16)(raw(2)).x
+    exact = model(Pictures(raw(2))).x
+    half = model.to(torch.bfloat16)(Pictures(raw(2))).x
     assert (half.float() - exact).abs().max() < 0.1 and exact.std() > 0.5
 
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"32-pixel images, got \(16, 16\)"):
-        ViT(IMAGE)(raw(1, 16))
+        ViT(IMAGE)(Pictures(raw(1, 16)))
     with pytest.raises(ValueError, match="a caption has 13 tokens, the model takes 12"):
         TextTransformer(TEXT)(pack([torch.arange(13)]))
     with pytest.raises(ValueError, match="patches of 7 pixels"):
@@ -96,8 +103,10 @@ def test_what_does_not_fit_is_refused() -> None:
         replace(IMAGE, patch_keep=0.0)
     with pytest.raises(ValueError, match="starts at 200"):
         LogitScale(200.0, 100.0, capped_exp)
-    with pytest.raises(ValueError, match="not equally many"):
-        without_first_token(pack([torch.zeros(2, 1), torch.zeros(3, 1)]))
+    with pytest.raises(ValueError, match="pixels or patches, not regions"):
+        ViT(IMAGE)(Pictures(regions=Regions(pack([torch.zeros(1, 4)]), torch.zeros(1, 7), torch.zeros(1, 0))))
+    with pytest.raises(ValueError, match="embed_dim is 5, the image tower's width 24"):
+        DualTower(DualTowerConfig(IMAGE, TEXT, 5, project_image=False), "tokens")
 
 
 def test_text_is_causal_or_not() -> None:
@@ -116,7 +125,14 @@ def test_first_and_last_tokens() -> None:
     tokens = pack(rows)
     assert torch.equal(first_token(tokens), torch.stack([row[0] for row in rows]))
     assert torch.equal(last_token(tokens), torch.stack([row[-1] for row in rows]))
+    torch.testing.assert_close(mean_token(tokens), torch.stack([row.mean(0) for row in rows]))
+    rest = without_first_token(tokens)
+    assert [part.tolist() for part in unpack(rest)] == [row[1:].tolist() for row in rows] and rest.longest == 3
+    again = with_first_token(rest, torch.zeros(3))
+    assert again.offsets.equal(tokens.offsets) and again.longest == 4
+    assert [part.tolist() for part in unpack(again)] == [[[0.0] * 3, *row[1:].tolist()] for row in rows]
     equal = without_first_token(pack_equal(torch.arange(24.0).view(2, 4, 3)))
+    torch.testing.assert_close(mean_token(equal), torch.arange(24.0).view(2, 4, 3)[:, 1:].mean(1))
     assert torch.equal(equal.x, torch.arange(24.0).view(2, 4, 3)[:, 1:].reshape(6, 3)) and equal.longest == 3
 
 
@@ -156,3 +172,33 @@ def test_scale_and_bias_start_where_told_and_have_a_dimension() -> None:
 def test_unit_measures_length_in_fp32() -> None:
     x = torch.full((1, 4096), 0.01, dtype=torch.float16)
     assert unit(x).float().norm().item() == pytest.approx(1.0, abs=1e-3) and unit(x).dtype == torch.float16
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_whole_images_of_the_grids_own_shape_are_crops(class_token: bool) -> None:
+    """As packed patches or as pixels, in any order of patches."""
+    torch.manual_seed(0)
+    model, images = ViT(replace(IMAGE, class_token=class_token)), raw(2)
+    patches, places, grids = pack_patches(list(images.numpy()), 8)
+    expected = model(Pictures(images))
+    torch.testing.assert_close(model(Pictures(patches=patches, places=places, grids=grids)).x, expected.x)
+    order = torch.randperm(16)
+    shuffled = Pictures(patches=pack([p[order] for p in unpack(patches)]), places=order.repeat(2), grids=grids)
+    for found, wanted in zip(unpack(model.local(model(shuffled))), unpack(model.local(expected)), strict=True):
+        torch.testing.assert_close(found, wanted[order])
+
+
+def test_positions_of_whole_images() -> None:
+    """Against torch's interpolation of one image at a time."""
+    torch.manual_seed(0)
+    table, shapes = torch.randn(16, 5), [(2, 7), (4, 4), (2, 7), (1, 1), (6, 3)]
+    counts = [rows * columns for rows, columns in shapes]
+    image = torch.repeat_interleave(torch.arange(5), torch.tensor(counts))
+    places = torch.cat([torch.arange(n) for n in counts])
+    found = positions_of_whole_images(table, torch.tensor(shapes), places, image)
+    square = table.T.reshape(1, 5, 4, 4)
+    expected = [
+        nn.functional.interpolate(square, shape, mode="bilinear", align_corners=True)[0].flatten(1).T
+        for shape in shapes
+    ]
+    torch.testing.assert_close(found, torch.cat(expected))

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from data_tools.index import index
-from mmpt.batch import InputSpec
 from mmpt.data import storage
 from mmpt.data.loader import DataConfig, build_loader
 from mmpt.data.manifest import Manifest, load_manifest
@@ -19,6 +18,7 @@ from mmpt.data.reader import RawSample, Reader
 from mmpt.data.remote.cache import CacheConfig
 from mmpt.data.remote.ranges import ChangedError, GaveUpError, MissingError, NoRangeError, RemoteConfig
 from mmpt.data.tar import BLOCK, ShardError, read_extents
+from mmpt.inputs import InputSpec
 from tests.data.remote.fault_server import PERMANENT, TRANSIENT, Plan, folder_answers, serving, upstream_answers
 from tests.data.remote.s3_server import bucket_of, set_credentials
 from tests.data.test_tar import damages
@@ -134,7 +134,7 @@ def test_transient_faults_change_no_batch(
             found = batches(config(str(tmp_path), tokenizer, tmp_path / "cache", workers), inputs, 25, rank, 2)
             for a, b in zip(expected, found, strict=True):
                 assert a.keys == b.keys and torch.equal(a.positions, b.positions)
-                assert torch.equal(a.images, b.images) and torch.equal(a.text.x, b.text.x)
+                assert torch.equal(a.pictures.pixels, b.pictures.pixels) and torch.equal(a.text.x, b.text.x)
         assert plan.given > 0
 
 
