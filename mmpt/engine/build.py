@@ -15,6 +15,7 @@ from mmpt import dist
 from mmpt.engine.lamb import Lamb
 from mmpt.engine.optim import OptimConfig, build_optimizer, freeze, parameter_groups
 from mmpt.engine.partition import clear_gradient_shards, segments
+from mmpt.engine.teacher import advance
 from mmpt.methods.method import Method
 
 
@@ -146,6 +147,15 @@ class Engine:
         applied = self.deepspeed.was_step_applied()
         return StepResult(applied, float(norm) if norm is not None and applied else float("inf"))
 
+    def settle(self, applied: bool) -> None:
+        """What follows an optimizer step: the momentum copy and the method's memory move on, if it was applied."""
+        if not applied:
+            self.method.after_skip()
+            return
+        if self.method.teacher is not None:
+            advance(self.method, self.deepspeed, self.method.momentum)
+        self.method.after_step()
+
     def _step_unsharded(self) -> StepResult:
         parameters = [p for p in self.method.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
@@ -162,6 +172,8 @@ def build(method: Method, config: EngineConfig, optim: OptimConfig, micro_batch:
     check_precision(config, device)
     freeze(method, optim.lock)
     method.to(device)
+    if method.teacher is not None:
+        method.teacher.to(device)
     groups = parameter_groups(method, optim)
     optimizer = build_optimizer(groups, optim, config.zero_stage, device)
     prepare_deepspeed()

@@ -21,6 +21,7 @@ from mmpt.engine.build import Engine
 from mmpt.engine.checkpoint_files import Manifest, publish
 from mmpt.engine.partition import Segment, frozen_segments, refresh_parameters, segments
 from mmpt.engine.step import random_state, set_random_state
+from mmpt.engine.teacher import advance
 
 Piece = tuple[str, str, int, Tensor]
 """(kind, name, start in the flattened whole, values)."""
@@ -60,6 +61,9 @@ def _owned_pieces(engine: Engine) -> Iterator[Piece]:
     if rank == 0:
         for name, buffer in _buffers(engine).items():
             yield "buffer", name, 0, _copy(buffer.flatten())
+    for i, (name, parameter) in enumerate(_teacher(engine).items()):
+        if i % world_size == rank:
+            yield "teacher", name, 0, _copy(parameter.flatten())
     for i, values in enumerate(random_state(engine.device)):
         yield "rng", str(i), rank, values.cpu()
 
@@ -72,6 +76,11 @@ def _buffers(engine: Engine) -> dict[str, Tensor]:
     """Buffers that belong to the state (not those a module declares as recomputable)."""
     kept = engine.method.state_dict().keys()
     return {name: buffer for name, buffer in engine.method.named_buffers() if name in kept}
+
+
+def _teacher(engine: Engine) -> dict[str, Tensor]:
+    """Parameters of the method's momentum copy, which lies whole on every rank."""
+    return {} if engine.method.teacher is None else dict(engine.method.teacher.named_parameters())
 
 
 def _shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
@@ -163,7 +172,8 @@ def load(checkpoint: Path, manifest: Manifest, engine: Engine, seed: int) -> dic
 
 @torch.no_grad()
 def load_parameters(checkpoint: Path, manifest: Manifest, engine: Engine) -> None:
-    """Weights and buffers only, into masters and working copies alike. ValueError if a name or shape differs."""
+    """Weights, buffers and the momentum copy, into masters and working copies alike. ValueError if a name or shape
+    differs."""
     check_shapes(_shapes(engine), manifest.shapes, checkpoint)
     pieces = Pieces(checkpoint, manifest)
     frozen = pieces.names("frozen")
@@ -173,6 +183,11 @@ def load_parameters(checkpoint: Path, manifest: Manifest, engine: Engine) -> Non
     for name, buffer in _buffers(engine).items():
         buffer.copy_(pieces.read("buffer", name, 0, buffer.numel()).view(buffer.shape))
     refresh_parameters(engine.deepspeed)
+    if pieces.names("teacher"):
+        for name, parameter in _teacher(engine).items():
+            parameter.copy_(pieces.read("teacher", name, 0, parameter.numel()).view(parameter.shape))
+    elif engine.method.teacher is not None:  # weights of a run that had none
+        advance(engine.method, engine.deepspeed, momentum=0.0)
 
 
 def _load_moments(pieces: Pieces, manifest: Manifest, engine: Engine) -> None:

@@ -21,7 +21,9 @@ def train_step(engine: Engine, micro_batches: list[Batch], lr: float) -> tuple[S
         terms = _cached_backward(engine, micro_batches, totals)
     else:
         terms = _plain_backward(engine, micro_batches, totals)
-    return engine.step(lr), terms
+    result = engine.step(lr)
+    engine.settle(result.applied)
+    return result, terms
 
 
 def total_counts(engine: Engine, micro_batches: list[Batch]) -> dict[str, Tensor]:

@@ -1,5 +1,8 @@
 """What every method offers, and how its terms become one loss."""
 
+import contextlib
+from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -34,12 +37,21 @@ class MethodConfig(Protocol):
 
 
 class Method(nn.Module):
-    """encode(batch) -> features; objective(*features) -> terms. Subclasses define both, and `counts`."""
+    """encode(batch) -> features; objective(*features) -> terms. Subclasses define both, and `counts`.
+
+    What a method remembers between steps is a buffer, equal on all ranks; it changes in `after_step` alone, so that a
+    forward may run twice (cached accumulation, activation checkpointing) and a skipped step leaves no trace.
+    """
 
     couples_pairs: bool
     """The loss of a pair depends on the other pairs: accumulation must cache features."""
     ensemble: Literal["features", "similarities"] = "features"
     """How zero-shot classification averages over prompts."""
+    student: str = ""
+    """Name of the submodule of which there is a momentum copy; empty for methods without one."""
+    momentum: float = 1.0
+    """The copy follows it by t <- momentum * t + (1 - momentum) * s after every applied step."""
+    _outside: tuple[nn.Module, ...] = ()  # in a tuple, so that the copy is no submodule: no engine shards or rounds it
 
     def forward(self, call: str, *args: Any) -> Any:
         """Run the function of that name: parameters are only whole while the engine runs the forward."""
@@ -54,6 +66,30 @@ class Method(nn.Module):
     def counts(self, batch: Batch) -> dict[str, float]:
         """Local count of each weighted term, from the batch alone."""
         raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called once after every step that was applied, on every rank."""
+
+    def after_skip(self) -> None:
+        """Called instead when the step was skipped because a gradient was not finite."""
+
+    def make_teacher(self) -> None:
+        """For constructors: begin the momentum copy of `student`, in fp32, in training mode as that is."""
+        teacher = deepcopy(self.get_submodule(self.student)).float()
+        self._outside = (teacher.requires_grad_(False),)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The momentum copy. The engine lets it follow; `teaching` lets it compute."""
+        return self._outside[0] if self._outside else None
+
+    @contextlib.contextmanager
+    def teaching(self) -> Iterator[Any]:
+        """The momentum copy inside: without gradient, in the compute type of the method."""
+        parameter = next(self.parameters())
+        half = parameter.dtype != torch.float32
+        with torch.no_grad(), torch.autocast(parameter.device.type, parameter.dtype if half else None, enabled=half):
+            yield self._outside[0]
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         """objective(encode(batch)), in one forward."""

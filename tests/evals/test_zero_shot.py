@@ -43,7 +43,7 @@ class LateInteraction(Vectors):
         pixels = torch.randn(12, WIDTH, generator=generator) / 1000
         if isinstance(argument, Tokens):
             return argument.with_x(embedding[argument.x])
-        return pack(list(argument.float().view(len(argument), 4, 12) @ pixels))
+        return pack(list(argument.pixels.float().view(len(argument), 4, 12) @ pixels))
 
     def score(self, image: Tokens, text: Tokens) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         rows = [torch.stack([(a @ b.T).amax(1).mean() for b in unpack(text)]) for a in unpack(image)]
@@ -77,7 +77,7 @@ def plain(score: Callable[[torch.Tensor, int], float]) -> dict[str, float]:
     top1 = top5 = 0
     per_class: dict[int, list[bool]] = {}
     for batch, known in data()[0]:
-        for pixels, label in zip(batch.images, (k["label"] for k in known), strict=True):
+        for pixels, label in zip(batch.pictures.pixels, (k["label"] for k in known), strict=True):
             order = sorted(range(CLASSES), key=lambda c: -score(pixels, c))
             top1, top5 = top1 + (order[0] == label), top5 + (label in order[:5])
             per_class.setdefault(label, []).append(order[0] == label)
@@ -87,7 +87,7 @@ def plain(score: Callable[[torch.Tensor, int], float]) -> dict[str, float]:
 
 def mean_feature(pixels: torch.Tensor, label: int) -> float:
     prompts = data()[1][label * TEMPLATES : (label + 1) * TEMPLATES]
-    image = Vectors()("encode_image", pixels[None])[0]
+    image = Vectors()("encode_image", Pictures(pixels[None]))[0]
     units = [v / v.norm() for v in Vectors()("encode_text", pack(prompts))]
     mean = torch.stack(units).mean(0)
     return float(image @ (mean / mean.norm()))
@@ -95,7 +95,7 @@ def mean_feature(pixels: torch.Tensor, label: int) -> float:
 
 def mean_similarity(pixels: torch.Tensor, label: int) -> float:
     method = LateInteraction()
-    image = unpack(method("encode_image", pixels[None]))[0]
+    image = unpack(method("encode_image", Pictures(pixels[None])))[0]
     prompts = data()[1][label * TEMPLATES : (label + 1) * TEMPLATES]
     texts = [unpack(method("encode_text", pack([ids])))[0] for ids in prompts]
     return sum(float((image @ text.T).amax(1).mean()) for text in texts) / TEMPLATES
