@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from mmpt.batch import Tokens
 from mmpt.ops.attention import attention
 
+BERT_DEVIATION = 0.02
+"""Standard deviation of every initial matrix and table of BERT (Devlin et al. 2019, released code)."""
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -38,8 +41,9 @@ class TransformerConfig:
     """Dropout on attention weights."""
     drop_path: float = 0.0
     """Stochastic depth: how likely the last block's sub-layers are skipped; it grows linearly from 0 at the first."""
-    init: Literal["clip", "xavier"] = "clip"
-    """Initial weights: normal, residual projections shrinking with depth (CLIP), or Xavier's uniform (SigLIP)."""
+    init: Literal["clip", "xavier", "bert"] = "clip"
+    """Initial weights: normal, residual projections shrinking with depth (CLIP), Xavier's uniform (SigLIP), or normal
+    with a standard deviation of 0.02 (BERT)."""
     checkpoint_activations: bool = False
     """Keep only each block's input and compute the rest again in the backward."""
 
@@ -100,7 +104,8 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """CLIP's (Radford et al. 2021, released code), whose residual projections shrink with depth, or Xavier's."""
+        """CLIP's (Radford et al. 2021, released code), whose residual projections shrink with depth, or Xavier's, or
+        BERT's (Devlin et al. 2019, released code)."""
         width, depth = self.config.width, self.config.depth
         residual = width**-0.5 * (2 * depth) ** -0.5
         for block in self.blocks:
@@ -108,7 +113,8 @@ class Transformer(nn.Module):
             deviations = {"qkv": width**-0.5, "out": residual, "mlp_in": (2 * width) ** -0.5, "mlp_out": residual}
             for name, deviation in deviations.items():
                 parts = 3 if name == "qkv" else 1
-                initialise_linear(getattr(block, name), deviation if self.config.init == "clip" else None, parts)
+                chosen = {"clip": deviation, "xavier": None, "bert": BERT_DEVIATION}[self.config.init]
+                initialise_linear(getattr(block, name), chosen, parts)
 
     def forward(self, tokens: Tokens) -> Tokens:
         x, saving = tokens.x, self.config.checkpoint_activations and torch.is_grad_enabled()

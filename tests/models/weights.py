@@ -122,3 +122,35 @@ def tower(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]
 
 def norm(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
     return {f"{ours}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+
+
+def bert_weights(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """transformers' BertModel without its pooler."""
+    embedding = {"token": "word", "position": "position", "type": "token_type"}
+    out = {
+        f"embedding.{ours}_embedding": state[f"embeddings.{theirs}_embeddings.weight"]
+        for ours, theirs in embedding.items()
+    }
+    out |= norm(state, "embeddings.LayerNorm", "embedding.norm")
+    for i in range(depth):
+        block, layer = f"trunk.blocks.{i}", f"encoder.layer.{i}"
+        out |= norm(state, f"{layer}.attention.output.LayerNorm", f"{block}.norm_1")
+        out |= norm(state, f"{layer}.output.LayerNorm", f"{block}.norm_2")
+        for kind in ("weight", "bias"):
+            parts = [state[f"{layer}.attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
+            out[f"{block}.qkv.{kind}"] = torch.cat(parts)
+            out[f"{block}.out.{kind}"] = state[f"{layer}.attention.output.dense.{kind}"]
+            out[f"{block}.mlp_in.{kind}"] = state[f"{layer}.intermediate.dense.{kind}"]
+            out[f"{block}.mlp_out.{kind}"] = state[f"{layer}.output.dense.{kind}"]
+    return out
+
+
+def masked_word_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' head of BertForMaskedLM, `cls.predictions`, without the decoder that it shares."""
+    out = {"bias": state["bias"]} | norm(state, "transform.LayerNorm", "transform.norm")
+    return out | {f"transform.dense.{kind}": state[f"transform.dense.{kind}"] for kind in ("weight", "bias")}
+
+
+def below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The part of a state dict under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
