@@ -157,7 +157,10 @@ class Engine:
         self.method.after_step()
 
     def _step_unsharded(self) -> StepResult:
-        parameters = [p for p in self.method.parameters() if p.grad is not None]
+        parameters = [p for p in self.method.parameters() if p.requires_grad]
+        for parameter in parameters:  # what a step does not reach has gradient zero, as at the other stages
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
         finite = bool(torch.isfinite(norm))  # gradients are already averaged: every rank sees the same
         if finite:

@@ -17,7 +17,7 @@ from mmpt.inputs import InputSpec
 from mmpt.methods.method import Method, Term, contrastive_terms
 from mmpt.models.dual_tower import DualTower, DualTowerConfig
 from mmpt.models.logit_scale import LogitScale
-from mmpt.ops.capped_exp import capped_exp
+from mmpt.ops.bounded import capped_exp
 from mmpt.ops.contrast.loss import ContrastConfig, contrast
 from mmpt.ops.late_interaction.op import WinnersPolicy, late_interaction
 from mmpt.ops.token_selection import drop_ends, keep_top_tokens

@@ -47,6 +47,8 @@ class Method(nn.Module):
     """The loss of a pair depends on the other pairs: accumulation must cache features."""
     ensemble: Literal["features", "similarities"] = "features"
     """How zero-shot classification averages over prompts."""
+    fuses: bool = False
+    """Image and text meet inside the model: they are scored pair by pair, by `score_pairs`, and not by `score`."""
     student: str = ""
     """Name of the submodule of which there is a momentum copy; empty for methods without one."""
     momentum: float = 1.0
@@ -87,7 +89,7 @@ class Method(nn.Module):
     def teaching(self) -> Iterator[Any]:
         """The momentum copy inside: without gradient, in the compute type of the method."""
         parameter = next(self.parameters())
-        half = parameter.dtype != torch.float32
+        half = parameter.dtype in (torch.bfloat16, torch.float16)
         with torch.no_grad(), torch.autocast(parameter.device.type, parameter.dtype if half else None, enabled=half):
             yield self._outside[0]
 

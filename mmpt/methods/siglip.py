@@ -24,7 +24,7 @@ from mmpt.models.pooling import AttentionPooling, last_token
 from mmpt.models.text import TextTransformer, TextTransformerConfig
 from mmpt.models.transformer import TransformerConfig, initialise_linear
 from mmpt.objectives.sigmoid import pairwise_sigmoid
-from mmpt.ops.capped_exp import capped_exp
+from mmpt.ops.bounded import capped_exp
 from mmpt.ops.similarity import similarity
 
 

@@ -73,3 +73,33 @@ def tie(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module.register_parameter(name, parameter)
     module.register_state_dict_post_hook(leave_out)
     module.register_load_state_dict_pre_hook(not_missing)
+
+
+class RegionFeatureHead(nn.Module):
+    """The feature vector of a region to be guessed, transform(x) W + bias: [M, D] -> [M, F].
+
+    tied: W [D, F], the weight of the linear layer that features enter by (Chen et al. 2020, UNITER, released code).
+    """
+
+    def __init__(self, width: int, tied: Tensor, norm_eps: float = 1e-12):
+        super().__init__()
+        self.transform = HeadTransform(width, norm_eps)
+        self.bias = nn.Parameter(torch.zeros(tied.shape[1]))
+        assert isinstance(tied, nn.Parameter)
+        tie(self, "weight", tied)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transform(x) @ self.weight + self.bias  # type: ignore[operator]
+
+
+class RegionClassHead(nn.Module):
+    """Logits over the detector's classes, [M, D] -> [M, C], for M regions to be guessed."""
+
+    def __init__(self, width: int, classes: int, norm_eps: float = 1e-12):
+        super().__init__()
+        self.transform = HeadTransform(width, norm_eps)
+        self.classes = nn.Linear(width, classes)
+        initialise_linear(self.classes, BERT_DEVIATION)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classes(self.transform(x))

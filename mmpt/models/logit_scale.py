@@ -31,6 +31,25 @@ class LogitScale(nn.Module):
         return self.capped_exp(self.log_scale, self.cap)
 
 
+class Temperature(nn.Module):
+    """1 / t, [1], in at least fp32, for a learned t between `low` and `high`: the temperature itself and not its log.
+
+    ALIGN (Jia et al. 2021, section 4.2) starts t at 1; ALBEF (Li et al. 2021) at 0.07, within [0.001, 0.5]. `bounded`
+    is given by the method, as above. Raises ValueError unless 0 < low <= initial <= high.
+    """
+
+    def __init__(self, initial: float, low: float, high: float, bounded: Callable[[Tensor, float, float], Tensor]):
+        super().__init__()
+        if not 0 < low <= initial <= high:
+            raise ValueError(f"a temperature lies above 0 and within its bounds: starts at {initial}, [{low}, {high}]")
+        self.low, self.high, self.bounded = low, high, bounded
+        self.temperature = nn.Parameter(torch.empty(1))
+        nn.init.constant_(self.temperature, initial)
+
+    def forward(self) -> Tensor:
+        return 1 / self.bounded(self.temperature, self.low, self.high)
+
+
 class LogitBias(nn.Module):
     """A learned number, [1], in at least fp32. SigLIP (Zhai et al. 2023, section 3.2) starts it at -10."""
 

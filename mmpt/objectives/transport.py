@@ -43,11 +43,11 @@ def transport_plan(
     kernel = torch.exp(-cost / beta) * both  # proximal to the last plan, not to uniform: no bias by beta
     plan = both.to(cost.dtype)
     rows, columns = x_real.sum(1)[:, None].to(cost.dtype), y_real.sum(1)[:, None].to(cost.dtype)  # n and m, [B, 1]
-    right = y_real / columns.clamp(min=1)  # [B, m]
+    left = x_real / rows.clamp(min=1)  # [B, n]
     for _ in range(iterations):
         scaled = kernel * plan
-        left = _inverse(rows * torch.einsum("bnm,bm->bn", scaled, right), x_real)
         right = _inverse(columns * torch.einsum("bnm,bn->bm", scaled, left), y_real)
+        left = _inverse(rows * torch.einsum("bnm,bm->bn", scaled, right), x_real)
         plan = left[:, :, None] * scaled * right[:, None, :]
     return plan
 

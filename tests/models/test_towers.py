@@ -15,7 +15,7 @@ from mmpt.models.pooling import AttentionPooling, first_token, last_token, mean_
 from mmpt.models.positions import positions_of_whole_images
 from mmpt.models.text import TextTransformer, TextTransformerConfig
 from mmpt.models.transformer import TransformerConfig
-from mmpt.ops.capped_exp import capped_exp
+from mmpt.ops.bounded import capped_exp
 
 TRUNK = TransformerConfig(width=24, depth=2, heads=4)
 IMAGE = ViTConfig(TRUNK, image_size=32, patch_size=8)

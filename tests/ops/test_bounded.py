@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmpt import dist
-from mmpt.ops.capped_exp import capped_exp
+from mmpt.ops.bounded import bounded, capped_exp
 from tests.ranks import run
 
 CAP = 100.0
@@ -111,9 +111,20 @@ def test_a_nan_gradient_stays_visible_and_half_types_give_fp32() -> None:
     log_scale = torch.tensor([math.log(CAP)], requires_grad=True)
     (capped_exp(log_scale, CAP) * float("nan")).sum().backward()
     assert log_scale.grad is not None and log_scale.grad.isnan().all()
-    half = capped_exp(torch.tensor([2.0], dtype=torch.bfloat16, requires_grad=True), CAP)
-    assert half.dtype == torch.float32
-    assert torch.autograd.grad(half.sum(), [half.grad_fn.next_functions[0][0].variable])[0].dtype == torch.bfloat16  # type: ignore[union-attr]
+    half = torch.tensor([2.0], dtype=torch.bfloat16, requires_grad=True)
+    assert capped_exp(half, CAP).dtype == torch.float32
+    assert torch.autograd.grad(capped_exp(half, CAP).sum(), half)[0].dtype == torch.bfloat16
+
+
+def test_both_bounds_block_what_goes_out_and_pass_what_comes_back() -> None:
+    for x, inside in ((0.1, True), (0.001, False), (0.0005, False), (0.5, False), (0.7, False)):
+        parameter = torch.tensor([x], requires_grad=True)
+        for gradient in (-1.0, 1.0):
+            value = bounded(parameter, 0.001, 0.5)
+            assert value.item() == pytest.approx(min(max(x, 0.001), 0.5))
+            found = torch.autograd.grad(value * gradient, parameter)[0].item()
+            outwards = not inside and (gradient < 0) == (x >= 0.5)
+            assert found == (0.0 if outwards else gradient), (x, gradient)
 
 
 def check_ranks_agree(rank: int, world_size: int) -> list[float]:
