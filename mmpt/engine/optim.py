@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmpt.engine.lamb import Lamb
 from mmpt.engine.schedule import Decay, lr_factor
+from mmpt.models.batch_norm import BatchNorm
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 
 
 def freeze(module: nn.Module, lock: str) -> None:
-    """Stop the gradients of the locked towers (not their projections). ValueError if nothing matches."""
+    """Stop the gradients and batch statistics of the locked towers (not their projections). ValueError if nothing
+    matches."""
     locked = {"none": (), "image": ("image",), "text": ("text",), "both": ("image", "text")}[lock]
     for tower in locked:
         names = [n for n, _ in module.named_parameters() if _tower(n) == tower and "projection" not in n]
@@ -65,6 +67,9 @@ def freeze(module: nn.Module, lock: str) -> None:
             raise ValueError(f"optim.lock={lock!r}, but the model has no {tower} tower")
         for name in names:
             module.get_parameter(name).requires_grad_(False)
+        for name, norm in module.named_modules():
+            if isinstance(norm, BatchNorm) and _tower(name) == tower:
+                norm.locked = True
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

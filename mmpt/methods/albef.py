@@ -190,6 +190,7 @@ class ALBEF(Method):
     @torch.no_grad()
     def after_step(self) -> None:
         """The queue takes all ranks' features of this step, in place of the oldest."""
+        super().after_step()
         assert self._arrived is not None
         for queue, arrived in zip((self.image_queue, self.text_queue), self._arrived, strict=True):
             new = dist.gather(arrived.float())[: len(queue)]  # type: ignore[arg-type]

@@ -12,8 +12,10 @@ from torch import Tensor
 from mmpt.batch import Batch, Pictures, Tokens
 from mmpt.inputs import InputSpec
 from mmpt.methods.method import Method, Term, contrastive_terms
+from mmpt.models.batch_norm import use_batch_norm
 from mmpt.models.dual_tower import DualTower, DualTowerConfig
 from mmpt.models.logit_scale import LogitScale
+from mmpt.ops.batch_norm import batch_norm
 from mmpt.ops.bounded import capped_exp
 from mmpt.ops.contrast.loss import ContrastConfig, contrast
 from mmpt.ops.similarity import similarity
@@ -43,6 +45,7 @@ class CLIP(Method):
         self.contrast = config.contrast
         self.towers = DualTower(config.towers, of="summary")
         self.logit_scale = LogitScale(1 / config.initial_temperature, config.max_logit_scale, capped_exp)
+        use_batch_norm(self, batch_norm)
 
     def encode_image(self, pictures: Pictures) -> Tensor:
         """[B, embed_dim] from [CLS]."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmpt import dist
 from mmpt.batch import Batch
 from mmpt.inputs import InputSpec
+from mmpt.models.batch_norm import discard, settle
 from mmpt.ops.contrast.loss import Contrast
 from mmpt.ops.contrast.softmax import Softmax
 
@@ -71,9 +72,11 @@ class Method(nn.Module):
 
     def after_step(self) -> None:
         """Called once after every step that was applied, on every rank."""
+        settle(self)
 
     def after_skip(self) -> None:
         """Called instead when the step was skipped because a gradient was not finite."""
+        discard(self)
 
     def make_teacher(self) -> None:
         """For constructors: begin the momentum copy of `student`, in fp32, in training mode as that is."""
