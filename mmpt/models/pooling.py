@@ -28,6 +28,13 @@ def mean_token(tokens: Tokens) -> Tensor:
     return (sums / tokens.lengths()[:, None]).to(tokens.x.dtype)
 
 
+def max_token(tokens: Tokens) -> Tensor:
+    """[B, D], the maximum over each sequence's tokens, number by number."""
+    lowest = tokens.x.new_full((len(tokens.offsets) - 1, tokens.x.shape[1]), -torch.inf)
+    index = tokens.sequence_index()[:, None].expand_as(tokens.x)
+    return lowest.scatter_reduce(0, index, tokens.x, "amax")
+
+
 def without_first_token(tokens: Tokens) -> Tokens:
     """Every sequence without its first token, [CLS]."""
     count = len(tokens.offsets) - 1
