@@ -1,8 +1,9 @@
 """`mmpt-data tokenizer SHARDS OUT`: train a tokenizer on the captions of a data set.
 
-Byte-level BPE in the shape of CLIP's (Radford et al. 2021: lower case, <|startoftext|> and <|endoftext|>) or WordPiece
-in the shape of BERT's (Devlin et al. 2019: [CLS] and [SEP]). The folder it writes is one that AutoTokenizer of
-transformers loads, and the tokenizer adds the special tokens itself.
+Byte-level BPE in the shape of CLIP's (Radford et al. 2021: lower case, <|startoftext|> and <|endoftext|>), with a
+<mask> as its last id for methods that guess masked words; or WordPiece in the shape of BERT's (Devlin et al. 2019:
+[CLS], [SEP] and [MASK]). The folder it writes is one that AutoTokenizer of transformers loads, and the tokenizer adds
+the special tokens at either end itself.
 """
 
 import argparse
@@ -10,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mmpt.data.manifest import Manifest, load_manifest
 from mmpt.data.reader import Reader
 from mmpt.data.text import captions_of
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+START, END, MASK = "<|startoftext|>", "<|endoftext|>", "<mask>"
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BYTES = 256
 
@@ -57,17 +58,18 @@ def read_captions(manifest: Manifest, caption_field: str) -> Iterator[str]:
 
 def train_bpe(read: Callable[[], Iterable[str]], vocab_size: int, lower_case: bool) -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016, on bytes): no text is outside its vocabulary. `read` gives all captions."""
-    _check_vocab_size(vocab_size, BYTES + 2)
+    _check_vocab_size(vocab_size, BYTES + 3)
     tokenizer = Tokenizer(models.BPE())
     clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     tokenizer.normalizer = normalizers.Sequence(clean + [normalizers.Lowercase()] * lower_case)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[START, END], show_progress=False,
+        vocab_size=vocab_size - 1, special_tokens=[START, END], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     tokenizer.train_from_iterator(read(), trainer)
+    tokenizer.add_special_tokens([AddedToken(MASK, lstrip=True)])  # it stands for a word and the space before it
     _add_special(tokenizer, START, END)
     return tokenizer
 
@@ -111,6 +113,7 @@ def save(tokenizer: Tokenizer, kind: str, folder: Path) -> None:
 
     if kind == "bpe":
         special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}  # as CLIP's
+        special |= {"mask_token": MASK}
     else:
         names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
         special = dict(zip(names, BERT_SPECIAL, strict=True))

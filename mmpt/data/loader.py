@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +14,7 @@ from mmpt.data import storage, workers
 from mmpt.data.benchmark import load_benchmark
 from mmpt.data.image import ImageConfig
 from mmpt.data.manifest import Manifest, load_manifest
+from mmpt.data.masking import check_masking
 from mmpt.data.mixture import Mixture, batch_positions, place_of
 from mmpt.data.pipeline import Pipeline, Work
 from mmpt.data.quarantine import BadSample, check_rate
@@ -184,6 +185,8 @@ def open_sources(config: DataConfig, seed: int, check_shards: bool) -> tuple[Sou
 def _pipeline(config: DataConfig, sources: Sources, inputs: InputSpec, seed: int) -> Pipeline:
     tokenizer = load_tokenizer(config.tokenizer)
     check_vocabulary(tokenizer, inputs)
+    if inputs.masked_words:
+        check_masking(tokenizer, inputs.masked_words)
     return Pipeline(sources, tokenizer, inputs, config.image, config.cache, config.remote, seed)
 
 
@@ -225,7 +228,7 @@ def eval_batches(
     if manifest is None:
         manifest, caption_field = load_manifest(shards, rank == 0, config.remote), config.caption_field
     sources = Sources((manifest,), captions_per_source(caption_field.split(SEPARATOR)[0], 1))
-    pipeline = _pipeline(config, sources, inputs, seed=0)
+    pipeline = _pipeline(config, sources, replace(inputs, masked_words=None), seed=0)
     work = _evaluation_work(manifest, rank, world_size, batch)
     made = workers.start(BatchMaker(pipeline, evaluation=True), work, config.workers)
     try:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mmpt.batch import Batch, Pictures
+from mmpt.batch import Batch, MaskedWords, Pictures, Tokens
 from mmpt.data.decode import ImageError
 from mmpt.data.image import ImageConfig, evaluation_image, training_images, whole_evaluation_image
+from mmpt.data.masking import mask_words, words_of
 from mmpt.data.patches import pack_patches, whole_size
 from mmpt.data.quarantine import BadSample, stand_ins
 from mmpt.data.randomness import generator
@@ -22,7 +23,7 @@ from mmpt.data.reader import RawSample
 from mmpt.data.remote.cache import CacheConfig
 from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SourceReader, Sources
-from mmpt.data.text import CaptionFields, captions_of, draw_caption, metadata_of, tokenise
+from mmpt.data.text import CaptionFields, captions_of, draw_caption, encode, ids_of, metadata_of, tokenise
 from mmpt.data.views import draw_views
 from mmpt.inputs import InputSpec
 
@@ -74,16 +75,32 @@ def training_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tupl
 
 
 def assemble(pipeline: Pipeline, pairs: Sequence[Pair], epochs: np.ndarray, positions: np.ndarray) -> Batch:
-    """Stack, tokenise and pack B pairs. epochs, positions: [B] int64, what keyed their random choices."""
+    """Stack, tokenise, mask and pack B pairs. epochs, positions: [B] int64, what keyed their random choices."""
     kept = kept_patches(pipeline, list(zip(epochs.tolist(), positions.tolist(), strict=True)))
+    text, masked_words = texts_of(pipeline, [pair.caption for pair in pairs], epochs, positions)
     return Batch(
         pictures=pictures_of([pair.image for pair in pairs], pipeline.inputs, kept),
-        text=tokenise(pipeline.tokenizer, [pair.caption for pair in pairs], pipeline.inputs),
+        text=text,
         positions=torch.from_numpy(positions.copy()),
         keys=tuple(pair.key for pair in pairs),
         views=_stacked([pair.views for pair in pairs]),  # [B, V, 3, H, W]
         view_parameters=_stacked([pair.view_parameters for pair in pairs]),  # [B, V, 8]
+        masked_words=masked_words,
     )
+
+
+def texts_of(
+    pipeline: Pipeline, captions: Sequence[str], epochs: np.ndarray, positions: np.ndarray
+) -> tuple[Tokens, MaskedWords | None]:
+    """B captions packed, and some of their words masked where the method wants that."""
+    masking = pipeline.inputs.masked_words
+    encoded = encode(pipeline.tokenizer, captions, pipeline.inputs, masks=masking is not None)
+    text = ids_of(encoded)
+    if masking is None:
+        return text, None
+    keyed = zip(epochs.tolist(), positions.tolist(), strict=True)
+    randoms = [partial(generator, pipeline.seed, epoch=epoch, position=position) for epoch, position in keyed]
+    return text, mask_words(pipeline.tokenizer, text, words_of(encoded, masking), masking, randoms)
 
 
 def pictures_of(images: Sequence[np.ndarray], inputs: InputSpec, kept: torch.Tensor | None) -> Pictures:

@@ -12,7 +12,7 @@ from mmpt.batch import Tokens, pack
 from mmpt.inputs import InputSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 TEXT_LINES, TEXT_WHOLE = "txt", "txt_whole"
 
@@ -56,11 +56,23 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str], inpu
 
     A caption that is too long loses its last words, never its final special token.
     """
-    encoded = tokenizer(
-        list(captions), truncation=True, max_length=inputs.max_text_tokens, return_attention_mask=False,
-        padding="max_length" if inputs.text_padding == "max" else False,
-    )["input_ids"]  # fmt: skip
-    return pack([torch.tensor(ids, dtype=torch.int64) for ids in encoded])
+    return ids_of(encode(tokenizer, captions, inputs))
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str], inputs: InputSpec, masks: bool = False
+) -> "BatchEncoding":
+    """What `tokenise` packs, as the tokenizer has it. masks: with its special_tokens_mask and attention_mask."""
+    return tokenizer(
+        list(captions), truncation=True, max_length=inputs.max_text_tokens,
+        padding="max_length" if inputs.text_padding == "max" else False, return_attention_mask=masks,
+        return_special_tokens_mask=masks,
+    )  # fmt: skip
+
+
+def ids_of(encoded: "BatchEncoding") -> Tokens:
+    """The ids, packed: x [T] int64."""
+    return pack([torch.tensor(ids, dtype=torch.int64) for ids in encoded["input_ids"]])
 
 
 def captions_of(files: dict[str, bytes], caption_field: str) -> list[str]:

@@ -11,8 +11,8 @@ from mmpt.data import quarantine
 from mmpt.data.audit import exposures, seen, stand_ins_of
 from mmpt.data.loader import DataConfig, build_loader, open_sources
 from mmpt.inputs import InputSpec
+from tests.data.batches import GLOBAL_BATCH
 from tests.data.shards import write_shards
-from tests.data.test_loader import GLOBAL_BATCH
 from tests.data.test_loader_sources import damaged_copy
 
 STEPS = 12  # 288 positions

@@ -9,7 +9,7 @@ import torch
 from mmpt.data.device import DeviceLoader
 from mmpt.data.loader import DataConfig, build_loader
 from mmpt.inputs import InputSpec
-from tests.data.test_loader import GLOBAL_BATCH, assert_same, joined
+from tests.data.batches import GLOBAL_BATCH, assert_same, joined
 from tests.data.test_loader_sources import damaged_copy
 
 CPU = torch.device("cpu")

@@ -2,64 +2,25 @@
 
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmpt.batch import Batch, Pictures, concatenate, unpack
+from mmpt.batch import unpack
 from mmpt.data.image import ImageConfig, evaluation_image
-from mmpt.data.loader import DataConfig, Loader, build_loader, eval_batches
+from mmpt.data.loader import DataConfig, build_loader, eval_batches
 from mmpt.data.manifest import FILE_NAME
 from mmpt.data.tar import ShardError
 from mmpt.data.text import load_tokenizer
 from mmpt.inputs import InputSpec
+from tests.data.batches import GLOBAL_BATCH, VARIED, assert_same, global_batches, resumed, take
 from tests.data.shards import caption, picture
-
-GLOBAL_BATCH = 24
-VARIED = ImageConfig(crop_scale=(0.3, 1.0), flip_probability=0.5, colour_jitter=0.3)
 
 
 @pytest.fixture(scope="session")
 def config(shards: str, tokenizer: str) -> DataConfig:
     return DataConfig(shards, tokenizer, workers=0, lanes=6, window_chunks=2, image=VARIED)
-
-
-def take(loader: Loader, steps: int) -> list[Batch]:
-    try:
-        return [next(loader) for _ in range(steps)]
-    finally:
-        loader.close()
-
-
-def joined(parts: list[Batch]) -> Batch:
-    """The batches of all ranks as the global batch."""
-    pictures = [part.pictures for part in parts]
-    return Batch(
-        Pictures(torch.cat([p.pixels for p in pictures]), torch.cat([p.kept_patches for p in pictures])),  # type: ignore[arg-type]
-        concatenate([part.text for part in parts]),
-        torch.cat([part.positions for part in parts]),
-        tuple(key for part in parts for key in part.keys),
-    )
-
-
-def assert_same(a: Batch, b: Batch) -> None:
-    assert a.keys == b.keys
-    assert torch.equal(a.pictures.pixels, b.pictures.pixels)
-    assert torch.equal(a.text.x, b.text.x) and torch.equal(a.text.offsets, b.text.offsets)
-    assert torch.equal(a.positions, b.positions)
-    assert torch.equal(a.pictures.kept_patches, b.pictures.kept_patches)  # type: ignore[arg-type]
-
-
-def global_batches(
-    config: DataConfig, inputs: InputSpec, steps: int, world_size: int = 1, start: int = 0
-) -> list[Batch]:
-    ranks = [
-        take(build_loader(config, inputs, 5, GLOBAL_BATCH, rank, world_size, start), steps)
-        for rank in range(world_size)
-    ]
-    return [joined(list(parts)) for parts in zip(*ranks, strict=True)]
 
 
 def test_a_batch_is_what_it_says(config: DataConfig, inputs: InputSpec):
@@ -92,16 +53,7 @@ def test_the_world_size_changes_no_tensor(config: DataConfig, inputs: InputSpec,
 def test_resuming_changes_no_tensor(config: DataConfig, inputs: InputSpec):
     steps = 10  # two and a half epochs
     whole = global_batches(config, inputs, steps)
-    pieces, state = [], 0
-    for (first, last), world_size in zip(pairwise([0, 1, 4, 5, steps]), (2, 1, 3, 4), strict=True):
-        loaders = [build_loader(config, inputs, 5, GLOBAL_BATCH, rank, world_size, state) for rank in range(world_size)]
-        for _ in range(first, last):
-            pieces.append(joined([next(loader) for loader in loaders]))
-        (state,) = {loader.state for loader in loaders}
-        for loader in loaders:
-            loader.close()
-    assert state == steps * GLOBAL_BATCH
-    for a, b in zip(whole, pieces, strict=True):
+    for a, b in zip(whole, resumed(config, inputs, [1, 4, 5, steps], (2, 1, 3, 4)), strict=True):
         assert_same(a, b)
 
 

@@ -16,7 +16,7 @@ from mmpt.batch import Batch
 from mmpt.data import workers
 from mmpt.data.loader import DataConfig, build_loader
 from mmpt.inputs import InputSpec
-from tests.data.test_loader import GLOBAL_BATCH, VARIED
+from tests.data.batches import GLOBAL_BATCH, VARIED
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import torch
 from data_tools.index import index
 from mmpt.data.loader import DataConfig, build_loader
 from mmpt.inputs import InputSpec
+from tests.data.batches import GLOBAL_BATCH, VARIED, assert_same, global_batches, take
 from tests.data.shards import picture, write_shards
-from tests.data.test_loader import GLOBAL_BATCH, VARIED, assert_same, global_batches, take
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ def test_bpe_covers_every_text_and_comes_back_from_ids(shards: str, tmp_path: Pa
     assert tokenizer.convert_ids_to_tokens([ids[0], ids[-1]]) == ["<|startoftext|>", "<|endoftext|>"]
     assert tokenizer("A RED Cat")["input_ids"] == tokenizer("a red cat")["input_ids"]
     assert len(tokenizer("killer whale")["input_ids"]) <= 4  # whole words of the data are learned
+    assert tokenizer.mask_token == "<mask>" and tokenizer.mask_token_id == 319
 
 
 def test_wordpiece_has_the_special_tokens_of_bert(shards: str, tmp_path: Path):
@@ -55,7 +56,7 @@ def test_captions_from_a_json_field(shards: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--vocab-size", "100"], "--vocab-size must be at least 258, got 100"),
+        (["--vocab-size", "100"], "--vocab-size must be at least 259, got 100"),
         (["--caption-field", "alt"], "sample '000000': field 'alt' of its .json file is None"),
     ],
 )
