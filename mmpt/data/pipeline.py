@@ -4,7 +4,7 @@ Everything here runs in a worker process, and everything random is keyed by the 
 function of (pipeline, work): no matter which worker makes it, on which rank, or after how many restarts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +29,9 @@ from mmpt.inputs import InputSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Random = Callable[[str], np.random.Generator]
+"""A sample's stream of random numbers for each purpose."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,22 +78,24 @@ def training_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tupl
 
 
 def assemble(pipeline: Pipeline, pairs: Sequence[Pair], epochs: np.ndarray, positions: np.ndarray) -> Batch:
-    """Stack, tokenise, mask and pack B pairs. epochs, positions: [B] int64, what keyed their random choices."""
-    kept = kept_patches(pipeline, list(zip(epochs.tolist(), positions.tolist(), strict=True)))
-    text, masked_words = texts_of(pipeline, [pair.caption for pair in pairs], epochs, positions)
+    """Stack, tokenise, mask and pack B pairs. epochs, positions: [B] int64, what keys their random choices."""
+    keyed, count = list(zip(epochs.tolist(), positions.tolist(), strict=True)), pipeline.inputs.draws
+    randoms = [partial(generator, pipeline.seed, epoch=epoch, position=position) for epoch, position in keyed]
+    text, masked_words = texts_of(pipeline, [pair.caption for pair in pairs], randoms)
     return Batch(
-        pictures=pictures_of([pair.image for pair in pairs], pipeline.inputs, kept),
+        pictures=pictures_of([pair.image for pair in pairs], pipeline.inputs, kept_patches(pipeline, keyed)),
         text=text,
         positions=torch.from_numpy(positions.copy()),
         keys=tuple(pair.key for pair in pairs),
         views=_stacked([pair.views for pair in pairs]),  # [B, V, 3, H, W]
         view_parameters=_stacked([pair.view_parameters for pair in pairs]),  # [B, V, 8]
         masked_words=masked_words,
+        draws=_stacked([random("draws").random(count) for random in randoms]) if count else None,  # [B, n]
     )
 
 
 def texts_of(
-    pipeline: Pipeline, captions: Sequence[str], epochs: np.ndarray, positions: np.ndarray
+    pipeline: Pipeline, captions: Sequence[str], randoms: Sequence[Random]
 ) -> tuple[Tokens, MaskedWords | None]:
     """B captions packed, and some of their words masked where the method wants that."""
     masking = pipeline.inputs.masked_words
@@ -98,8 +103,6 @@ def texts_of(
     text = ids_of(encoded)
     if masking is None:
         return text, None
-    keyed = zip(epochs.tolist(), positions.tolist(), strict=True)
-    randoms = [partial(generator, pipeline.seed, epoch=epoch, position=position) for epoch, position in keyed]
     return text, mask_words(pipeline.tokenizer, text, words_of(encoded, masking), masking, randoms)
 
 

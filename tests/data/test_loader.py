@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy import stats
 
 from mmpt.batch import unpack
 from mmpt.data.image import ImageConfig, evaluation_image
@@ -91,6 +92,22 @@ def test_kept_patches_are_uniform_and_absent_where_all_are_kept(config: DataConf
     assert bool(((counts / (40 * GLOBAL_BATCH) - 0.5).abs() < 0.08).all())  # 5 sigma
     (batch,) = take(build_loader(config, replace(inputs, kept_patches=16), 5, GLOBAL_BATCH, 0, 1), 1)
     assert batch.pictures.kept_patches is None
+
+
+def test_draws_are_uniform_keyed_by_the_sample_and_leave_all_else_alone(config: DataConfig, inputs: InputSpec):
+    wanting = replace(inputs, draws=3)
+    whole = global_batches(config, wanting, 5)
+    for others in (global_batches(config, wanting, 5, 4), resumed(config, wanting, [2, 5], (2, 1))):
+        for a, b in zip(whole, others, strict=True):
+            assert_same(a, b)
+    for a, b in zip(whole, global_batches(config, inputs, 5), strict=True):
+        assert b.draws is None
+        assert_same(replace(a, draws=None), b)
+    drawn = torch.cat([batch.draws for batch in whole])  # type: ignore[misc]
+    assert drawn.shape == (5 * GLOBAL_BATCH, 3) and drawn.dtype == torch.float64 and len(drawn.unique()) == 360
+    assert stats.kstest(drawn.flatten().numpy(), "uniform").pvalue > 1e-3
+    one = replace(wanting, draws=1)
+    assert global_batches(config, one, 1)[0].draws.equal(whole[0].draws[:, :1])  # type: ignore[union-attr, index]
 
 
 def test_the_global_random_state_is_left_alone(config: DataConfig, inputs: InputSpec):
