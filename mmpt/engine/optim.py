@@ -43,6 +43,8 @@ class OptimConfig:
     """Learning rate at the end, as a fraction of the peak."""
     lock: Literal["none", "image", "text", "both"] = "none"
     """Towers that are not trained (LiT locks the image tower); projections and temperature always train."""
+    tower_lr: float = 1.0
+    """Factor on the learning rate of the towers, beside 1 for what joins them (METER: a fifth)."""
     layer_decay: float = 1.0
     """Factor on the learning rate per block below the top one of each tower; 1 is none."""
 
@@ -85,6 +87,8 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
         if parameter.requires_grad:
             decay = config.weight_decay if _decays(name, parameter, config) else 0.0
             scale = config.layer_decay ** _layers_below_top(name, depth)
+            if _tower(name) and "projection" not in name:
+                scale *= config.tower_lr
             groups.setdefault((decay, scale), []).append(parameter)
     if not groups:
         raise ValueError("every parameter is locked: there is nothing to train")

@@ -14,6 +14,7 @@ from mmpt.data.text import load_tokenizer
 from mmpt.evals.exhibits import evenly, image_queries, text_queries, words_on_image
 from mmpt.evals.features import join
 from mmpt.evals.findings import Findings
+from mmpt.evals.fused import PairScorer, scorer_of
 from mmpt.evals.report_curves import draw, read_curves
 from mmpt.evals.report_pictures import Album, image_query, text_query, word_maps_figure
 from mmpt.evals.report_tables import retrieval_table, short_name, tiles, understanding
@@ -79,6 +80,7 @@ def curves(run_dir: Path) -> str:
 def exhibition(rank: Rank, method: Any, folder: str, name: str) -> tuple[Album, str]:
     """Retrievals and word maps of evenly spaced samples, chosen before their results are known."""
     pixels, features, known = _first_images(rank, folder)
+    method = scorer_of(method, rank.call)
     owner, captions = caption_list(known)
     text = rank.encode_texts(captions)
     truth, album = find_truth(len(known), owner, what_is_said(known, rank.config)), Album(pixels, name)
@@ -93,7 +95,7 @@ def exhibition(rank: Rank, method: Any, folder: str, name: str) -> tuple[Album, 
         *(image_query(album, found, captions, truth) for found in by_image),
         "</div>",
     ]
-    if isinstance(features, Tokens) and isinstance(text, Tokens):
+    if isinstance(features, Tokens) and isinstance(text, Tokens) and not isinstance(method, PairScorer):
         parts.append(
             "<h2>Which patches each word matched</h2><p>Each picture is lit where the word's cosine with the patch is "
             "high, from the word's lowest to its highest value; the white square is its best patch. Special tokens are "

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mmpt import dist
-from mmpt.evals.features import gather_features
+from mmpt.evals.features import gather_features, in_step, none_of
+from mmpt.evals.fused import Shortlist
 from mmpt.evals.ranking import chance_hits, expected_hits
 from mmpt.ops.features import Features, cut, sequences, values
 from mmpt.ops.search import Score
@@ -63,9 +64,41 @@ def find_truth(images: int, owner: Sequence[int], says: Sequence[Hashable]) -> T
 def retrieval(method: Any, pairs: Pairs) -> Iterator[tuple[str, float]]:
     """Yield (name, value in [0, 1]): R@1, R@5, R@10 both ways, each with its chance; the same on all ranks. Collective.
 
-    method: has `score(image_features, text_features) -> (s_i2t [A, C], s_t2i [A, C])`, with no collective in it.
+    method: has `score(image_features, text_features) -> (s_i2t [A, C], s_t2i [A, C])`; all ranks call it equally often.
     Memory: the other side's features of the whole data set, and QUERIES_AT_ONCE rows of scores. ValueError for an image
     without a text.
+    """
+    truth, own_images, own_texts = truth_over_ranks(pairs)
+    i2t = _hits(from_images(method), pairs.image, gather_features(pairs.text), truth.texts_of_image[own_images])
+    t2i = _hits(from_texts(method), pairs.text, gather_features(pairs.image), truth.images_of_text[own_texts])
+    yield from _recalls(i2t, t2i, truth, values(pairs.image).device)
+
+
+@torch.no_grad()
+def reranked(shortlist: Shortlist, pairs: Pairs, vectors: tuple[Tensor, Tensor]) -> Iterator[tuple[str, float]]:
+    """As `retrieval`, of answers ranked by vectors ([A, E] of our images, [C, E] of our texts) and then again by the
+    fused model. Collective."""
+    truth, own_images, own_texts = truth_over_ranks(pairs)
+    image, text = (gather_features(vector) for vector in vectors)
+    assert isinstance(image, Tensor) and isinstance(text, Tensor)
+    hits = []
+    for queries, answers, own, theirs, right in (
+        (pairs.image, pairs.text, vectors[0], text, truth.texts_of_image[own_images]),
+        (pairs.text, pairs.image, vectors[1], image, truth.images_of_text[own_texts]),
+    ):
+        everything, total = gather_features(answers), torch.zeros(len(KS), dtype=torch.float64)
+        for item in in_step(cut(queries, QUERIES_AT_ONCE), values(queries).device):
+            chunk, places = (none_of(queries), slice(0, 0)) if item is None else item[:2]
+            scores = shortlist.scores(chunk, everything, (own[places], theirs), queries is pairs.image)
+            total += expected_hits(scores, right[places], KS).sum(0).cpu()
+        hits.append(total)
+    yield from _recalls(hits[0], hits[1], truth, values(pairs.image).device)
+
+
+def truth_over_ranks(pairs: Pairs) -> tuple[Truth, slice, slice]:
+    """What is right, and where our images and our texts lie among those of all ranks. Collective.
+
+    ValueError for an image without a text.
     """
     shares = dist.gather_objects((sequences(pairs.image), pairs.owner, pairs.says))
     first_image = [sum(share[0] for share in shares[:r]) for r in range(len(shares))]
@@ -74,17 +107,13 @@ def retrieval(method: Any, pairs: Pairs) -> Iterator[tuple[str, float]]:
     truth = find_truth(sum(share[0] for share in shares), owner, [said for share in shares for said in share[2]])
     if not all(truth.texts_of_image):
         raise ValueError("an image without a text cannot be part of a retrieval test")
-    images, texts, rank = len(truth.texts_of_image), len(truth.images_of_text), dist.rank()
+    image, text = first_image[dist.rank()], first_text[dist.rank()]
+    return truth, slice(image, image + sequences(pairs.image)), slice(text, text + sequences(pairs.text))
 
-    all_texts = gather_features(pairs.text)
-    own_images = slice(first_image[rank], first_image[rank] + sequences(pairs.image))
-    i2t = _hits(from_images(method), pairs.image, all_texts, truth.texts_of_image[own_images])
-    all_images = gather_features(pairs.image)
-    own_texts = slice(first_text[rank], first_text[rank] + sequences(pairs.text))
-    t2i = _hits(from_texts(method), pairs.text, all_images, truth.images_of_text[own_texts])
-    hits = dist.sum_over_ranks(torch.stack([i2t, t2i]).to(values(all_images).device)).cpu() / torch.tensor(
-        [[images], [texts]]
-    )
+
+def _recalls(i2t: Tensor, t2i: Tensor, truth: Truth, device: torch.device | str) -> Iterator[tuple[str, float]]:
+    images, texts = len(truth.texts_of_image), len(truth.images_of_text)
+    hits = dist.sum_over_ranks(torch.stack([i2t, t2i]).to(device)).cpu() / torch.tensor([[images], [texts]])
     yield from _named("image_to_text", hits[0], chance_hits(truth.texts_of_image, texts, KS))
     yield from _named("text_to_image", hits[1], chance_hits(truth.images_of_text, images, KS))
 
@@ -108,7 +137,8 @@ def from_texts(method: Any) -> Score:
 def _hits(score: Score, queries: Features, answers: Features, right: list[list[int]]) -> Tensor:
     """[len(KS)] float64: hits summed over our queries, of which `right` holds the right answers, one list each."""
     total = torch.zeros(len(KS), dtype=torch.float64)
-    for chunk, places, _ in cut(queries, QUERIES_AT_ONCE):
+    for item in in_step(cut(queries, QUERIES_AT_ONCE), values(queries).device):
+        chunk, places = (none_of(queries), slice(0, 0)) if item is None else item[:2]
         scores = torch.cat([score(chunk, part) for part, _, _ in cut(answers, ANSWERS_AT_ONCE)], 1)  # [Q, C]
         total += expected_hits(scores, right[places], KS).sum(0).cpu()
     return total

@@ -32,7 +32,9 @@ from mmpt.evals.alignment import (
     tokens_of,
     word_maps,
 )
-from mmpt.ops.features import Features, cut, sequences
+from mmpt.evals.features import in_step, none_of
+from mmpt.evals.fused import PairScorer, paired_scores
+from mmpt.ops.features import Features, cut, sequences, values
 
 KINDS = ("colour", "shape", "size")
 PAIRS_AT_ONCE = 32
@@ -131,11 +133,12 @@ def _match(
 def twins(method: Any, image: Features, caption: Features, twin: Features) -> dict[str, float]:
     """Sums for the twin test: how often each image scores higher with its caption than with its twin."""
     sums = {"twins": float(sequences(image)), "twins i2t": 0.0, "twins t2i": 0.0}
-    for parts in zip(*(cut(f, PAIRS_AT_ONCE) for f in (image, caption, twin)), strict=True):
-        images, captions, false = (part for part, _, _ in parts)
-        right, wrong = method.score(images, captions), method.score(images, false)
+    both = zip(*(cut(f, PAIRS_AT_ONCE) for f in (image, caption, twin)), strict=True)
+    for item in in_step(both, values(image).device):
+        parts = [none_of(f) for f in (image, caption, twin)] if item is None else [part for part, _, _ in item]
+        right, wrong = (paired_scores(method, parts[0], texts) for texts in parts[1:])
         for name, s, t in zip(("twins i2t", "twins t2i"), right, wrong, strict=True):
-            difference = (s.diagonal() - t.diagonal()).float()
+            difference = (s - t).float()
             sums[name] += float(((difference > 0).float() + 0.5 * (difference == 0).float()).sum())
     return sums
 
@@ -152,7 +155,8 @@ def scenes(
 
     image:  features of our share of the scenes; scene: their metadata, as `mmpt-data scenes` writes it.
     encode: features of our texts; a collective too. spans: the characters each token id of a text stands for.
-    A method with one vector per image and text has the twin test only. ValueError for scenes without twins.
+    A method with one vector per image and text, or one that fuses, has the twin test only. ValueError for scenes
+    without twins.
     """
     for known in scene:
         if "twin" not in known:
@@ -161,7 +165,8 @@ def scenes(
     caption, twin = (encode([k["caption"] for k in scene]), encode([k["twin"]["caption"] for k in scene]))
     recoloured = encode(changes)
     sums = twins(method, image, caption, twin)
-    if isinstance(image, Tokens) and isinstance(caption, Tokens) and isinstance(recoloured, Tokens):
+    late = not isinstance(method, PairScorer)  # whose tokens have not met their partners yet
+    if late and isinstance(image, Tokens) and isinstance(caption, Tokens) and isinstance(recoloured, Tokens):
         for name, value in _token_sums(image, caption, recoloured, scene, spans):
             sums[name] = sums.get(name, 0.0) + value
     totals: dict[str, float] = {}

@@ -13,8 +13,9 @@ from mmpt.data.loader import DataConfig, eval_batches
 from mmpt.data.text import load_tokenizer, tokenise
 from mmpt.evals.alignment import Span, token_spans
 from mmpt.evals.features import Call, encode_all_texts, encode_images, in_step, join
+from mmpt.evals.fused import PairScorer, Shortlist, scorer_of
 from mmpt.evals.prompts import load_prompts
-from mmpt.evals.retrieval import Pairs, retrieval
+from mmpt.evals.retrieval import Pairs, reranked, retrieval
 from mmpt.evals.scenes import scenes
 from mmpt.evals.zero_shot import zero_shot
 from mmpt.inputs import InputSpec
@@ -35,6 +36,9 @@ class EvalConfig:
     """Folders of held-out scenes (`mmpt-data scenes`) for word-patch alignment, colour swaps and twin captions."""
     batch: int = 64
     """Images, or texts, encoded at once on each rank."""
+    shortlist: int = 0
+    """In retrieval with a method that fuses and also aligns vectors (ALBEF), only so many answers of each query are
+    scored by the whole model, those whose vectors are closest; 0 scores all pairs."""
     equal_captions: bool = False
     """In retrieval, captions that are equal, or that say the same where the data knows, are right for each other."""
 
@@ -50,17 +54,18 @@ def evaluate(
     """Everything that is configured, as {"eval/SET/NAME": value}, the same on all ranks. Collective.
 
     call: the engine or the plain method, through which all parameters are used. method: for `score` and `ensemble`,
-    which use none. SET is the last two parts of the folder's path. ValueError for anything amiss in the data.
+    which use none but in methods that fuse (evals/fused.py). SET is the last two parts of the folder's path.
+    ValueError for anything amiss in the data.
     """
     if not (config.retrieval or config.zero_shot or config.scenes):
         return {}
     rank = Rank(config, data, inputs, call, device, load_tokenizer(data.tokenizer))
-    scores: dict[str, float] = {}
+    scorer, scores = scorer_of(method, call), dict[str, float]()
     for run, folders in (
         (run_retrieval, config.retrieval), (run_zero_shot, config.zero_shot), (run_scenes, config.scenes),
     ):  # fmt: skip
         for folder in folders:
-            scores |= {f"{prefix(folder)}{name}": value for name, value in run(rank, method, folder)}
+            scores |= {f"{prefix(folder)}{name}": value for name, value in run(rank, scorer, folder)}
     return scores
 
 
@@ -118,7 +123,12 @@ def run_retrieval(rank: Rank, method: Any, folder: str) -> Iterator[tuple[str, f
     """R@K of one folder of images with captions."""
     image, known = rank.encode_images(folder)
     owner, texts = caption_list(known)
-    return retrieval(method, Pairs(image, rank.encode_texts(texts), owner, what_is_said(known, rank.config)))
+    pairs = Pairs(image, rank.encode_texts(texts), owner, what_is_said(known, rank.config))
+    if not rank.config.shortlist or not isinstance(method, PairScorer):
+        return retrieval(method, pairs)
+    vectors = rank.call("vectors", pairs.image, pairs.text)
+    found = reranked(Shortlist(method, rank.config.shortlist), pairs, vectors)
+    return ((f"shortlist_{rank.config.shortlist}_{name}", value) for name, value in found)
 
 
 def run_zero_shot(rank: Rank, method: Any, folder: str) -> Iterator[tuple[str, float]]:

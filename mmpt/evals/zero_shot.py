@@ -55,9 +55,9 @@ def zero_shot(
     hits = torch.zeros(total, len(KS) + 1, dtype=torch.float64)  # the last column counts images
     for item in in_step(batches, device):
         image = encode_images(call, None if item is None else item[0].pictures, inputs, device)
+        scores = class_scores(method, image, classes)  # [B, C]; of no image where our share is at its end
         if item is None:
             continue
-        scores = class_scores(method, image, classes)  # [B, C]
         labels = [_label(known, total) for known in item[1]]
         found = expected_hits(scores, [[label] for label in labels], KS).cpu()
         hits.index_add_(0, torch.tensor(labels), torch.cat([found, torch.ones(len(labels), 1, dtype=torch.float64)], 1))

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from mmpt.batch import Pictures, Tokens
 from mmpt.inputs import InputSpec, combined
 from mmpt.models.tower import ImageTowerConfig, TextTowerConfig
+from mmpt.models.transformer import initialise_linear
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,15 @@ class DualTowerConfig:
     project_image: bool = True
     """Whether image features are projected; where not (ALIGN, CLIP's ResNets) they must be embed_dim wide."""
 
+    text_projection_bias: bool = False
+    """Whether the text projection has a bias (ALIGN, as transformers has it: yes; CLIP: no)."""
+
     def inputs(self) -> InputSpec:
         return combined(self.image.inputs(), self.text.inputs())
 
 
 class DualTower(nn.Module):
-    """`image` and `text` towers, each with a projection without bias. Projected features have length 1.
+    """`image` and `text` towers, each with a projection. Projected features have length 1.
 
     of: what is projected, the towers' summaries or their tokens. ValueError where a tower does not have it, or has it
     in another width than embed_dim and no projection.
@@ -45,7 +49,7 @@ class DualTower(nn.Module):
             )
         self.image, self.text = config.image.build(), config.text.build()
         self.image_projection = _projection(image_width, config.embed_dim) if config.project_image else nn.Identity()
-        self.text_projection = _projection(text_width, config.embed_dim)
+        self.text_projection = _projection(text_width, config.embed_dim, config.text_projection_bias)
 
     def image_vector(self, pictures: Pictures) -> Tensor:
         """[B, embed_dim], each row of length 1."""
@@ -66,9 +70,9 @@ class DualTower(nn.Module):
         return tokens.with_x(unit(self.text_projection(tokens.x)))
 
 
-def _projection(width: int, embed_dim: int) -> nn.Linear:
-    linear = nn.Linear(width, embed_dim, bias=False)
-    nn.init.normal_(linear.weight, std=width**-0.5)
+def _projection(width: int, embed_dim: int, bias: bool = False) -> nn.Linear:
+    linear = nn.Linear(width, embed_dim, bias=bias)
+    initialise_linear(linear, width**-0.5)
     return linear
 
 

@@ -1,8 +1,10 @@
 """Every method at a size for tests, and batches of pairs for them."""
 
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmpt.batch import (
@@ -17,18 +19,24 @@ from mmpt.batch import (
     pack,
     part_of_pictures,
 )  # fmt: skip
+from mmpt.data.views import ViewConfig, draw_views
 from mmpt.methods.albef import ALBEF, ALBEFConfig
+from mmpt.methods.align import ALIGNConfig
 from mmpt.methods.clip import CLIPConfig
 from mmpt.methods.filip import FILIPConfig
+from mmpt.methods.meter import METERConfig
 from mmpt.methods.method import Method, MethodConfig
 from mmpt.methods.siglip import SigLIPConfig
+from mmpt.methods.slip import SLIPConfig
 from mmpt.methods.uniter import UNITERConfig
 from mmpt.methods.vilt import ViLTConfig
 from mmpt.models.bert import BertConfig, BertEmbeddingConfig
 from mmpt.models.dual_tower import DualTowerConfig
 from mmpt.models.fusion import FusionConfig
 from mmpt.models.image import ViTConfig
+from mmpt.models.projector import ProjectorConfig
 from mmpt.models.regions import RegionEmbeddingConfig
+from mmpt.models.resnet import ResNetConfig
 from mmpt.models.text import TextTransformerConfig
 from mmpt.models.transformer import TransformerConfig
 from mmpt.ops.contrast.loss import ContrastConfig
@@ -48,6 +56,7 @@ PATCHES = ViTConfig(
     TRUNK, IMAGE_SIZE, 4, patch_bias=True, norm_before=False, image_resize="shorter_side", longest_side=32
 )
 
+POOLED = ResNetConfig((1, 1, 1, 1), bottleneck=2, image_size=32)
 UNITER = UNITERConfig(POST, WORDS, REGIONS, MAX_TOKENS, class_weight=1)
 
 CONFIGS: dict[str, MethodConfig] = {
@@ -64,6 +73,9 @@ CONFIGS: dict[str, MethodConfig] = {
     "siglip": SigLIPConfig(
         ViTConfig(TRUNK, IMAGE_SIZE, 4, class_token=False, patch_bias=True, norm_before=False), TEXT, initial_bias=-2.0
     ),
+    "align": ALIGNConfig(DualTowerConfig(POOLED, READ, 64, project_image=False, text_projection_bias=True)),
+    "slip": SLIPConfig(TOWERS, projector=ProjectorConfig(10, 6), view_weight=0.7),
+    "meter": METERConfig(SEEN, READ, POST),
     "vilt": ViLTConfig(PATCHES, WORDS, MAX_TOKENS),
     **{
         f"uniter {task}": UNITERConfig(POST, WORDS, REGIONS, MAX_TOKENS)
@@ -96,13 +108,19 @@ def batch(name: str, pairs: int, first: int, count: int, seed: int = 0) -> Batch
     """Pairs first to first + count of a global batch of `pairs`; captions of mixed length, filled up for SigLIP."""
     kind = name.split()[0]
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (pairs, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, generator=generator)
+    size = CONFIGS[name].inputs().image_size or IMAGE_SIZE if name in CONFIGS else IMAGE_SIZE
+    images = torch.randint(0, 256, (pairs, 3, size, size), dtype=torch.uint8, generator=generator)
     shortest = 3 if kind in FUSION else 1  # [CLS], a word, [SEP]
     lengths = torch.randint(shortest, MAX_TOKENS + 1, (pairs,), generator=generator).tolist()
     texts = [torch.randint(1, VOCABULARY, (n,), generator=generator) for n in lengths]
     if kind == "siglip":
         texts = [torch.cat([text, text.new_zeros(MAX_TOKENS - len(text))]) for text in texts]
     whole = Batch(Pictures(images), pack(texts), torch.arange(pairs), ("",) * pairs)
+    if kind == "slip":
+        views = torch.randint(0, 256, (pairs, 2, 3, size, size), dtype=torch.uint8, generator=generator)
+        random = partial(np.random.default_rng, seed)
+        rows = [draw_views(ViewConfig(), lambda _: random(), 2) for _ in range(pairs)]
+        whole = replace(whole, views=views, view_parameters=torch.from_numpy(np.stack(rows)))
     return (whole if kind not in FUSION else with_tasks(name, whole, generator)).part(first, first + count)
 
 
