@@ -13,6 +13,7 @@ from PIL import Image, ImageEnhance
 
 from mmpt.data.crop import dct_factor, random_crop_box, resized_crop
 from mmpt.data.decode import Box, Header, decode_pixels, read_header
+from mmpt.data.randomness import Random
 from mmpt.data.views import ViewConfig
 
 Shape = int | Callable[[int, int], tuple[int, int]]
@@ -70,9 +71,7 @@ def decode(data: bytes, background: tuple[int, int, int], max_pixels: int) -> Im
     return Image.fromarray(header.upright(decode_pixels(data, header, 1, background)))
 
 
-def training_image(
-    data: bytes, size: int, config: ImageConfig, random: Callable[[str], np.random.Generator]
-) -> np.ndarray:
+def training_image(data: bytes, size: int, config: ImageConfig, random: Random) -> np.ndarray:
     """A random resized crop of an image file, perhaps mirrored and jittered: uint8 [3, size, size].
 
     random: gives the stream for a purpose; each choice has its own, so that switching one on leaves the others alone.
@@ -85,7 +84,7 @@ def training_images(
     data: bytes,
     shape: Shape,
     config: ImageConfig,
-    random: Callable[[str], np.random.Generator],
+    random: Random,
     extra_views: int = 0,
     view_size: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +144,7 @@ def _precisely_resized(data: bytes, header: Header, box: Box, size: tuple[int, i
     return _channels_first(header.upright(np.asarray(resized)))
 
 
-def vary(pixels: np.ndarray, config: ImageConfig, random: Callable[[str], np.random.Generator]) -> np.ndarray:
+def vary(pixels: np.ndarray, config: ImageConfig, random: Random) -> np.ndarray:
     """Pixels [H, W, 3] jittered and mirrored as the configuration asks: uint8 [3, H, W]."""
     if config.colour_jitter:
         image = Image.fromarray(np.ascontiguousarray(pixels))

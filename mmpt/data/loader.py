@@ -1,22 +1,20 @@
 """Batches in order, made by worker processes; the state is one integer."""
 
 import hashlib
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-import numpy as np
-
 from mmpt.batch import Batch
 from mmpt.data import storage, workers
 from mmpt.data.benchmark import load_benchmark
 from mmpt.data.image import ImageConfig
-from mmpt.data.manifest import Manifest, load_manifest
+from mmpt.data.manifest import load_manifest
 from mmpt.data.masking import check_masking
-from mmpt.data.mixture import Mixture, batch_positions, place_of
-from mmpt.data.pipeline import Pipeline, Work
+from mmpt.data.mixture import Mixture, batch_positions
+from mmpt.data.partners import partner_seed
+from mmpt.data.pipeline import Pipeline
 from mmpt.data.quarantine import BadSample, check_rate
 from mmpt.data.remote.ahead import FetchAhead
 from mmpt.data.remote.cache import CacheConfig, ChunkCache
@@ -24,6 +22,7 @@ from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SEPARATOR, Sources, captions_per_source, split_sources
 from mmpt.data.stream import StreamMaker, stream_urls
 from mmpt.data.text import TEXT_LINES, check_vocabulary, load_tokenizer
+from mmpt.data.work import Plan, Work, evaluation_work, training_work
 from mmpt.data.workers import BatchMaker
 from mmpt.inputs import InputSpec
 
@@ -147,7 +146,8 @@ def build_loader(
     sources, mixture = open_sources(config, seed, check_shards=rank == 0)
     batch_positions(mixture, start, global_batch, rank, world_size)  # the checks, before any process starts
     pipeline = _pipeline(config, sources, inputs, seed)
-    work, ahead = _training_work(mixture, start, global_batch, rank, world_size), None
+    plan, ahead = _plan(config, inputs, sources, mixture, seed), None
+    work = training_work(plan, start, global_batch, rank, world_size)
     if not all(storage.is_local(manifest.folder) for manifest in sources.manifests):
         cache = ChunkCache(config.cache, config.remote)
         ahead = FetchAhead(cache, config.remote.connections, most_waiting=MOST_CHUNKS_WAITING)
@@ -162,6 +162,11 @@ def _stream_loader(
 ) -> Loader:
     if config.shards or config.weights:
         raise ValueError("data.stream takes the place of data.shards and data.weights: give the one or the others")
+    if inputs.partners:
+        raise ValueError(
+            "the method matches texts with pictures of other samples, and data.stream has no second order to draw them "
+            "from: give indexed shards in data.shards"
+        )
     if global_batch % world_size:
         raise ValueError(f"the world size ({world_size}) must divide the global batch ({global_batch})")
     urls = stream_urls(config.stream, config.allow_shell)
@@ -190,6 +195,13 @@ def _pipeline(config: DataConfig, sources: Sources, inputs: InputSpec, seed: int
     return Pipeline(sources, tokenizer, inputs, config.image, config.cache, config.remote, seed)
 
 
+def _plan(config: DataConfig, inputs: InputSpec, sources: Sources, mixture: Mixture, seed: int) -> Plan:
+    second = None
+    if inputs.partners:
+        second = sources.mixture(config.weights, partner_seed(seed), config.lanes, config.window_chunks)
+    return Plan(mixture, second, seed)
+
+
 def _fingerprint(sources: Sources, mixture: Mixture) -> str:
     facts = [manifest.content_hash for manifest in sources.manifests]
     facts += [f"{weight} {order.seed} {order.lanes} {order.window_samples}"
@@ -197,18 +209,11 @@ def _fingerprint(sources: Sources, mixture: Mixture) -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
-def _training_work(mixture: Mixture, start: int, global_batch: int, rank: int, world_size: int) -> Iterator[Work]:
-    while True:
-        positions = batch_positions(mixture, start, global_batch, rank, world_size)
-        yield Work(positions, *place_of(mixture, positions))
-        start += global_batch
-
-
 def _announced(works: Iterator[Work], batches: int, sources: Sources, ahead: FetchAhead) -> Iterator[Work]:
     """The same works; the chunks of each are fetched from `batches` works before it is due."""
     waiting: deque[Work] = deque()
     for work in works:
-        ahead.warm(sources.remote_ranges(work.chunks))
+        ahead.warm(sources.remote_ranges(work.all_chunks()))
         waiting.append(work)
         if len(waiting) > batches:
             yield waiting.popleft()
@@ -229,24 +234,10 @@ def eval_batches(
         manifest, caption_field = load_manifest(shards, rank == 0, config.remote), config.caption_field
     sources = Sources((manifest,), captions_per_source(caption_field.split(SEPARATOR)[0], 1))
     pipeline = _pipeline(config, sources, replace(inputs, masked_words=None), seed=0)
-    work = _evaluation_work(manifest, rank, world_size, batch)
+    work = evaluation_work(manifest, rank, world_size, batch)
     made = workers.start(BatchMaker(pipeline, evaluation=True), work, config.workers)
     try:
         for _ in work:
             yield workers.take(made)
     finally:
         workers.stop(made)
-
-
-def _evaluation_work(manifest: Manifest, rank: int, world_size: int, batch: int) -> list[Work]:
-    if world_size > manifest.samples or batch < 1:
-        raise ValueError(f"cannot split {manifest.samples} samples over {world_size} ranks in batches of {batch}")
-    first, last = (r * manifest.samples // world_size for r in (rank, rank + 1))
-    steps = math.ceil(math.ceil(manifest.samples / world_size) / batch)
-    ends = np.cumsum(manifest.chunk_lengths)
-    work = []
-    for positions in np.array_split(np.arange(first, last, dtype=np.int64), steps):
-        chunks = np.searchsorted(ends, positions, side="right")
-        indices = positions - (ends[chunks] - manifest.chunk_lengths[chunks])
-        work.append(Work(positions, np.zeros_like(positions), chunks, indices))
-    return work

@@ -3,13 +3,14 @@
 Everything is drawn per sample from streams of its own, so that a sample's masks depend on nothing but its position.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from mmpt.batch import MaskedWords, Tokens
+from mmpt.data.randomness import Random
 from mmpt.inputs import WordMasking
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def words_of(encoded: "BatchEncoding", masking: WordMasking) -> list[np.ndarray]
 
 def mask_words(
     tokenizer: "PreTrainedTokenizerBase", text: Tokens, words: Sequence[np.ndarray], masking: WordMasking,
-    randoms: Sequence[Callable[[str], np.random.Generator]],
+    randoms: Sequence[Random],
 ) -> MaskedWords:  # fmt: skip
     """Choose words of B captions and show something else in their place (Devlin et al. 2019, section 3.1).
 
@@ -69,7 +70,7 @@ def mask_words(
     code fill a quota of tokens instead, which has the same mean.) Of the chosen tokens, each by itself, 80 % show the
     mask token, 10 % an id drawn from the whole vocabulary (as BERT's and ALBEF's code do), 10 % themselves.
 
-    text: x [T] int64. words: B of [L] int64, see `words_of`. randoms: B, each gives a sample's stream for a purpose.
+    text: x [T] int64. words: B of [L] int64, see `words_of`. randoms: of the B samples.
     """
     assert tokenizer.mask_token_id is not None
     ids = text.x.numpy().copy()

@@ -102,7 +102,7 @@ def _groups(order: Order, epoch: int, groups: np.ndarray) -> tuple[np.ndarray, n
     return chunks, lengths, before[:, None] + lengths.cumsum(1)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # of each source two orders, if it has partners, and two epochs
 def _group_ends(order: Order, epoch: int) -> np.ndarray:
     """Where each group of STRIDE chunks ends in the epoch's sequence of samples, [ceil(K / STRIDE)] int64."""
     count, key, sums = len(order.chunk_lengths), hash_key(order.seed, epoch, CHUNK_ORDER), []

@@ -1,37 +1,36 @@
-"""The visible chain from places in shards to a batch: read, choose, decode, crop, tokenise, pack.
+"""The visible chain from places in shards to a training batch: read, choose, decode, crop, tokenise, mask, pack.
 
 Everything here runs in a worker process, and everything random is keyed by the sample's position, so a batch is a pure
 function of (pipeline, work): no matter which worker makes it, on which rank, or after how many restarts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from mmpt.batch import Batch, MaskedWords, Pictures, Tokens
-from mmpt.data.decode import ImageError
-from mmpt.data.image import ImageConfig, evaluation_image, training_images, whole_evaluation_image
+from mmpt.batch import Batch, MaskedWords, Partners, Tokens
+from mmpt.data.image import ImageConfig
 from mmpt.data.masking import mask_words, words_of
-from mmpt.data.patches import pack_patches, whole_size
+from mmpt.data.partners import PartnerPlaces
+from mmpt.data.pictures import Picture, stacked, training_picture
 from mmpt.data.quarantine import BadSample, stand_ins
-from mmpt.data.randomness import generator
+from mmpt.data.randomness import Random, streams
 from mmpt.data.reader import RawSample
 from mmpt.data.remote.cache import CacheConfig
 from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SourceReader, Sources
-from mmpt.data.text import CaptionFields, captions_of, draw_caption, encode, ids_of, metadata_of, tokenise
+from mmpt.data.text import CaptionFields, draw_caption, encode, ids_of
 from mmpt.data.views import draw_views
+from mmpt.data.work import Work
 from mmpt.inputs import InputSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Random = Callable[[str], np.random.Generator]
-"""A sample's stream of random numbers for each purpose."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,23 +46,24 @@ class Pipeline:
     seed: int
 
 
-class Work(NamedTuple):
-    """The samples of one batch, [B] int64 each: their positions and epochs, and where they lie."""
+class Slot(NamedTuple):
+    """One place of a batch: the sample that belongs there, and what keys its random choices."""
 
-    positions: np.ndarray
-    epochs: np.ndarray
-    chunks: np.ndarray
-    indices: np.ndarray
+    chunk: int
+    index: int
+    epoch: int
+    position: int
 
 
 class Pair(NamedTuple):
-    """One image and one caption, ready to be stacked and tokenised."""
+    """One picture and one caption, ready to be stacked and tokenised. index: of their sample in its chunk."""
 
     key: str
-    image: np.ndarray
+    picture: Picture
     caption: str
     views: np.ndarray
     view_parameters: np.ndarray
+    index: int = -1
 
 
 def training_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tuple[Batch, list[BadSample]]:
@@ -72,25 +72,104 @@ def training_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tupl
     Raises ShardError for a shard that cannot be trusted, ValueError for a chunk without one usable sample.
     """
     bad: list[BadSample] = []
+    columns = (work.chunks, work.indices, work.epochs, work.positions)
+    slots = [Slot(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
     raw = reader.read(work.chunks, work.indices)
-    pairs = [_pair_or_stand_in(pipeline, reader, work, i, sample, bad) for i, sample in enumerate(raw)]
-    return assemble(pipeline, pairs, work.epochs, work.positions), bad
+    pairs = [usable_pair(pipeline, reader, slot, sample, bad) for slot, sample in zip(slots, raw, strict=True)]
+    batch = assemble(pipeline, pairs, work.epochs, work.positions)
+    if work.partners is not None:
+        batch = replace(batch, partners=partners_of(pipeline, reader, slots, pairs, work.partners))
+    return batch, bad
+
+
+def usable_pair(pipeline: Pipeline, reader: SourceReader, slot: Slot, sample: RawSample, bad: list[BadSample]) -> Pair:
+    """The pair for a slot; where its sample is bad, a note of it and the first usable stand-in."""
+    fields = pipeline.sources.caption_fields_of(slot.chunk)
+
+    def make(raw: RawSample, index: int) -> Pair:
+        return make_pair(pipeline, raw, fields, slot.epoch, slot.position)._replace(index=index)
+
+    pair, reason = first_usable(pipeline, reader, slot, sample, make)
+    if reason:
+        bad.append(BadSample(sample.shard, sample.key, sample.offset, reason, slot.position, pair.key))
+    return pair
+
+
+def partners_of(
+    pipeline: Pipeline, reader: SourceReader, slots: Sequence[Slot], pairs: Sequence[Pair], places: PartnerPlaces
+) -> Partners:
+    """The pictures that B texts are shown; see `mmpt.data.partners`.
+
+    A partner that cannot be used is replaced without a note: it has, or gets, its own when its own turn comes.
+    """
+    others = np.flatnonzero(~places.own)
+    raw = reader.read(places.chunks[others], places.indices[others])
+    pictures = [pair.picture for pair in pairs]
+    for i, sample in zip(others.tolist(), raw, strict=True):
+        place = int(places.chunks[i]), int(places.indices[i])
+        pictures[i] = usable_partner(pipeline, reader, slots[i], pairs[i], place, sample)
+    matches = [picture is pair.picture for picture, pair in zip(pictures, pairs, strict=True)]
+    return Partners(stacked(pictures, pipeline.inputs), torch.tensor(matches))
+
+
+def usable_partner(
+    pipeline: Pipeline, reader: SourceReader, slot: Slot, pair: Pair, place: tuple[int, int], sample: RawSample
+) -> Picture:
+    """The picture of the sample at a place (chunk, index), or of its first usable stand-in: drawn for this slot, by
+    streams of its own; or the slot's own picture, where that is the sample."""
+    random = streams(pipeline.seed, slot.epoch, slot.position, "partner ")
+    inputs = replace(pipeline.inputs, extra_views=0)
+    partner = slot._replace(chunk=place[0], index=place[1])
+
+    def make(raw: RawSample, index: int) -> Picture:
+        if (partner.chunk, index) == (slot.chunk, pair.index):
+            return pair.picture
+        return training_picture(raw, inputs, pipeline.image, random)[0]
+
+    return first_usable(pipeline, reader, partner, sample, make)[0]
+
+
+def first_usable(
+    pipeline: Pipeline, reader: SourceReader, slot: Slot, sample: RawSample, make: Callable[[RawSample, int], T]
+) -> tuple[T, str]:
+    """(what is made of the slot's sample, ""); or what is made of the first stand-in of its chunk that can be used, and
+    why the sample cannot. make: of a sample and its index in the chunk; raises ValueError for a bad one."""
+    try:
+        return make(sample, slot.index), ""
+    except ValueError as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    for index in stand_ins(reader.chunk_length(slot.chunk), slot.index, pipeline.seed, slot.epoch, slot.position):
+        (other,) = reader.read(np.array([slot.chunk]), np.array([index]))
+        try:
+            return make(other, index), reason
+        except ValueError:
+            continue  # it has, or gets, its own note when its own turn comes
+    raise ValueError(f"{sample.shard}: sample {sample.key!r}: {reason}; nor is any other of its chunk usable")
+
+
+def make_pair(pipeline: Pipeline, raw: RawSample, fields: CaptionFields, epoch: int, position: int) -> Pair:
+    """Raises ValueError for an image or a caption that cannot be used."""
+    random, inputs = streams(pipeline.seed, epoch, position), pipeline.inputs
+    draws = random("caption_field").random() if len(fields.names) > 1 else 0.0, random("caption").random()
+    caption = draw_caption(raw.files, fields, *draws)
+    picture, views = training_picture(raw, inputs, pipeline.image, random)
+    return Pair(raw.key, picture, caption, views, draw_views(pipeline.image.views, random, inputs.extra_views))
 
 
 def assemble(pipeline: Pipeline, pairs: Sequence[Pair], epochs: np.ndarray, positions: np.ndarray) -> Batch:
     """Stack, tokenise, mask and pack B pairs. epochs, positions: [B] int64, what keys their random choices."""
-    keyed, count = list(zip(epochs.tolist(), positions.tolist(), strict=True)), pipeline.inputs.draws
-    randoms = [partial(generator, pipeline.seed, epoch=epoch, position=position) for epoch, position in keyed]
+    keyed, count = zip(epochs.tolist(), positions.tolist(), strict=True), pipeline.inputs.draws
+    randoms = [streams(pipeline.seed, epoch, position) for epoch, position in keyed]
     text, masked_words = texts_of(pipeline, [pair.caption for pair in pairs], randoms)
     return Batch(
-        pictures=pictures_of([pair.image for pair in pairs], pipeline.inputs, kept_patches(pipeline, keyed)),
+        pictures=stacked([pair.picture for pair in pairs], pipeline.inputs),
         text=text,
         positions=torch.from_numpy(positions.copy()),
         keys=tuple(pair.key for pair in pairs),
-        views=_stacked([pair.views for pair in pairs]),  # [B, V, 3, H, W]
-        view_parameters=_stacked([pair.view_parameters for pair in pairs]),  # [B, V, 8]
+        views=_rows([pair.views for pair in pairs]),  # [B, V, 3, H, W]
+        view_parameters=_rows([pair.view_parameters for pair in pairs]),  # [B, V, 8]
         masked_words=masked_words,
-        draws=_stacked([random("draws").random(count) for random in randoms]) if count else None,  # [B, n]
+        draws=_rows([random("draws").random(count) for random in randoms]),  # [B, n]
     )
 
 
@@ -106,103 +185,5 @@ def texts_of(
     return text, mask_words(pipeline.tokenizer, text, words_of(encoded, masking), masking, randoms)
 
 
-def pictures_of(images: Sequence[np.ndarray], inputs: InputSpec, kept: torch.Tensor | None) -> Pictures:
-    """Images [3, H, W] uint8 in the form that the method takes. kept: [B, K], the patches of each that stay."""
-    if inputs.image_resize == "square":
-        return Pictures(pixels=torch.from_numpy(np.stack(images)), kept_patches=kept)  # [B, 3, H, W]
-    patches, places, grids = pack_patches(images, inputs.patch_size)
-    return Pictures(patches=patches, places=places, grids=grids)
-
-
-def _stacked(arrays: Sequence[np.ndarray]) -> torch.Tensor | None:
+def _rows(arrays: Sequence[np.ndarray]) -> torch.Tensor | None:
     return torch.from_numpy(np.stack(arrays)) if arrays[0].size else None
-
-
-def _pair_or_stand_in(
-    pipeline: Pipeline, reader: SourceReader, work: Work, i: int, sample: RawSample, bad: list[BadSample]
-) -> Pair:
-    """The pair for slot i of the batch; where its sample is bad, a note of it and the first usable stand-in."""
-    chunk, epoch, position = int(work.chunks[i]), int(work.epochs[i]), int(work.positions[i])
-    fields = pipeline.sources.caption_fields_of(chunk)
-    try:
-        return make_pair(pipeline, sample, fields, epoch, position)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-    for index in stand_ins(reader.chunk_length(chunk), int(work.indices[i]), pipeline.seed, epoch, position):
-        (other,) = reader.read(np.array([chunk]), np.array([index]))
-        try:
-            pair = make_pair(pipeline, other, fields, epoch, position)
-        except ValueError:
-            continue  # it has, or gets, its own note when its own turn comes
-        bad.append(BadSample(sample.shard, sample.key, sample.offset, reason, position, other.key))
-        return pair
-    raise ValueError(f"{sample.shard}: sample {sample.key!r}: {reason}; nor is any other of its chunk usable")
-
-
-def make_pair(pipeline: Pipeline, raw: RawSample, fields: CaptionFields, epoch: int, position: int) -> Pair:
-    """Raises ValueError for an image or a caption that cannot be used."""
-    random = partial(generator, pipeline.seed, epoch=epoch, position=position)
-    draws = random("caption_field").random() if len(fields.names) > 1 else 0.0, random("caption").random()
-    caption = draw_caption(raw.files, fields, *draws)
-    inputs, config = pipeline.inputs, pipeline.image
-    shape = inputs.image_size if inputs.image_resize == "square" else partial(whole_size, inputs=inputs)
-    image, views = training_images(raw.image(), shape, config, random, inputs.extra_views, inputs.image_size)
-    return Pair(raw.key, image, caption, views, draw_views(config.views, random, inputs.extra_views))
-
-
-def evaluation_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tuple[Batch, list[dict]]:
-    """Samples as they are, centre-cropped, every patch kept, with their first caption; and what else is known of each.
-
-    The dictionary of a sample holds the fields of its .json file, and: `key`; `captions`, the list of all of them
-    (empty when it has a label instead); `label`, an integer, when it has a .cls file.
-    """
-    raw = reader.read(work.chunks, work.indices)
-    metadata = [describe(sample, pipeline.sources.captions[0]) for sample in raw]
-    images = [_evaluation_image(sample, pipeline) for sample in raw]
-    captions = [(known["captions"] or [""])[0] for known in metadata]
-    batch = Batch(
-        pictures=pictures_of(images, pipeline.inputs, kept=None),
-        text=tokenise(pipeline.tokenizer, captions, pipeline.inputs),
-        positions=torch.from_numpy(work.positions.copy()),
-        keys=tuple(sample.key for sample in raw),
-    )
-    return batch, metadata
-
-
-def describe(raw: RawSample, fields: CaptionFields) -> dict:
-    """What evaluation wants to know of a sample; see evaluation_batch. Captions are those of the first field."""
-    try:
-        known = metadata_of(raw.files) | {"key": raw.key, "captions": []}
-        if "cls" in raw.files:
-            known["label"] = int(raw.files["cls"])
-        else:
-            known["captions"] = captions_of(raw.files, fields.names[0])
-    except ValueError as error:
-        raise _about(raw, error) from error
-    return known
-
-
-def kept_patches(pipeline: Pipeline, keyed: Sequence[tuple[int, int]]) -> torch.Tensor | None:
-    """[B, K] int64, ascending: a uniformly random K of the P patches of each image (FLIP, Li et al. 2023, section 3).
-
-    None where every patch is kept.
-    """
-    total, kept = pipeline.inputs.patches, pipeline.inputs.kept_patches
-    if kept == total:
-        return None
-    draws = np.stack([generator(pipeline.seed, "patches", *key).random(total) for key in keyed])  # [B, P]
-    return torch.from_numpy(np.sort(np.argsort(draws, axis=1, kind="stable")[:, :kept], axis=1))
-
-
-def _evaluation_image(raw: RawSample, pipeline: Pipeline) -> np.ndarray:
-    inputs = pipeline.inputs
-    try:
-        if inputs.image_resize == "square":
-            return evaluation_image(raw.image(), inputs.image_size, pipeline.image)
-        return whole_evaluation_image(raw.image(), partial(whole_size, inputs=inputs), pipeline.image)
-    except ImageError as error:
-        raise _about(raw, error) from error
-
-
-def _about(raw: RawSample, error: ValueError) -> ValueError:
-    return ValueError(f"{raw.shard}: sample {raw.key!r}: {error}")

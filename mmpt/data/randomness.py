@@ -6,8 +6,17 @@ draws from its own stream, named by (seed, purpose, epoch, position): the same w
 
 import hashlib
 import struct
+from collections.abc import Callable
 
 import numpy as np
+
+Random = Callable[[str], np.random.Generator]
+"""One sample's stream of random numbers for each purpose."""
+
+
+def streams(seed: int, epoch: int, position: int, prefix: str = "") -> Random:
+    """The streams of one sample. prefix: put before each purpose."""
+    return lambda purpose: generator(seed, prefix + purpose, epoch, position)
 
 
 def generator(seed: int, purpose: str, epoch: int, position: int) -> np.random.Generator:

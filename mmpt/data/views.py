@@ -1,10 +1,10 @@
 """What is drawn for SLIP's extra views: crops are made here, colours are changed later, on the accelerator."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from mmpt.data.randomness import Random
 from mmpt.ops.augment import (
     BLUR_SIGMA,
     BRIGHTNESS,
@@ -58,7 +58,7 @@ class ViewConfig:
             raise ValueError(f"hue of views must be between 0 and 0.5, got {self.hue}")
 
 
-def draw_views(config: ViewConfig, random: Callable[[str], np.random.Generator], views: int) -> np.ndarray:
+def draw_views(config: ViewConfig, random: Random, views: int) -> np.ndarray:
     """A row of parameters for each view, [V, 8] fp32: what `mmpt.ops.augment.augment` will do to it.
 
     random: gives the stream for a purpose; the view's number is part of the purpose.

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mmpt.data.pipeline import Pipeline, Work, evaluation_batch, training_batch
+from mmpt.data.evaluation import evaluation_batch
+from mmpt.data.pipeline import Pipeline, training_batch
 from mmpt.data.sources import SourceReader
 from mmpt.data.tar import ShardError
+from mmpt.data.work import Work
 
 BATCHES_AHEAD_PER_WORKER = 2
 
