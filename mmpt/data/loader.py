@@ -21,6 +21,7 @@ from mmpt.data.remote.cache import CacheConfig, ChunkCache
 from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SEPARATOR, Sources, captions_per_source, split_sources
 from mmpt.data.stream import StreamMaker, stream_urls
+from mmpt.data.tasks import check_tasks
 from mmpt.data.text import TEXT_LINES, check_vocabulary, load_tokenizer
 from mmpt.data.work import Plan, Work, evaluation_work, training_work
 from mmpt.data.workers import BatchMaker
@@ -190,6 +191,7 @@ def open_sources(config: DataConfig, seed: int, check_shards: bool) -> tuple[Sou
 def _pipeline(config: DataConfig, sources: Sources, inputs: InputSpec, seed: int) -> Pipeline:
     tokenizer = load_tokenizer(config.tokenizer)
     check_vocabulary(tokenizer, inputs)
+    check_tasks(inputs.tasks)
     if inputs.masked_words:
         check_masking(tokenizer, inputs.masked_words)
     return Pipeline(sources, tokenizer, inputs, config.image, config.cache, config.remote, seed)
@@ -199,7 +201,7 @@ def _plan(config: DataConfig, inputs: InputSpec, sources: Sources, mixture: Mixt
     second = None
     if inputs.partners:
         second = sources.mixture(config.weights, partner_seed(seed), config.lanes, config.window_chunks)
-    return Plan(mixture, second, seed)
+    return Plan(inputs, mixture, second, seed)
 
 
 def _fingerprint(sources: Sources, mixture: Mixture) -> str:

@@ -22,6 +22,7 @@ from mmpt.data.reader import RawSample
 from mmpt.data.remote.cache import CacheConfig
 from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SourceReader, Sources
+from mmpt.data.tasks import inputs_for
 from mmpt.data.text import CaptionFields, draw_caption, encode, ids_of
 from mmpt.data.views import draw_views
 from mmpt.data.work import Work
@@ -44,6 +45,10 @@ class Pipeline:
     cache: CacheConfig
     remote: RemoteConfig
     seed: int
+
+    def for_task(self, task: str) -> "Pipeline":
+        """The same, with the inputs that a task needs."""
+        return replace(self, inputs=inputs_for(self.inputs, task))
 
 
 class Slot(NamedTuple):
@@ -72,14 +77,14 @@ def training_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tupl
     Raises ShardError for a shard that cannot be trusted, ValueError for a chunk without one usable sample.
     """
     bad: list[BadSample] = []
+    pipeline = pipeline.for_task(work.task)
     columns = (work.chunks, work.indices, work.epochs, work.positions)
     slots = [Slot(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
     raw = reader.read(work.chunks, work.indices)
     pairs = [usable_pair(pipeline, reader, slot, sample, bad) for slot, sample in zip(slots, raw, strict=True)]
+    partners = work.partners and partners_of(pipeline, reader, slots, pairs, work.partners)
     batch = assemble(pipeline, pairs, work.epochs, work.positions)
-    if work.partners is not None:
-        batch = replace(batch, partners=partners_of(pipeline, reader, slots, pairs, work.partners))
-    return batch, bad
+    return replace(batch, partners=partners, task=work.task), bad
 
 
 def usable_pair(pipeline: Pipeline, reader: SourceReader, slot: Slot, sample: RawSample, bad: list[BadSample]) -> Pair:

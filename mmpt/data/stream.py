@@ -6,6 +6,7 @@ come twice or never, and a run that stopped goes on with fresh draws. What canno
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from random import Random
 from typing import Any
@@ -25,6 +26,7 @@ from mmpt.data.pipeline import Pair, Pipeline, assemble, make_pair
 from mmpt.data.quarantine import BadSample
 from mmpt.data.reader import RawSample
 from mmpt.data.tar import BLOCK
+from mmpt.data.tasks import task_of
 from mmpt.data.workers import portable
 
 SHUFFLED = 1000  # samples held per worker, from which the next is drawn
@@ -57,28 +59,31 @@ class StreamMaker(IterableDataset):
         bad: list[BadSample] = []
         samples = self._samples(int(hash_key(self.pipeline.seed, STREAM, self.start, self.rank, worker)[0] >> 33), bad)
         for step in count(worker, workers):  # the steps whose batches this worker makes
-            first = self.start + step * self.global_batch + self.rank * self.batch
-            positions = np.arange(first, first + self.batch, dtype=np.int64)
+            first = self.start + step * self.global_batch
+            task = task_of(self.pipeline.inputs.tasks, self.pipeline.seed, first, self.global_batch)
+            positions = np.arange(first, first + self.batch, dtype=np.int64) + self.rank * self.batch
             try:
-                yield self._batch(samples, positions, bad), bad.copy()
+                yield self._batch(self.pipeline.for_task(task), samples, positions, bad, task), bad.copy()
             except ValueError as error:
                 yield portable(error)
             bad.clear()
 
-    def _batch(self, samples: Iterator[RawSample], positions: np.ndarray, bad: list[BadSample]) -> Batch:
+    def _batch(
+        self, pipeline: Pipeline, samples: Iterator[RawSample], positions: np.ndarray, bad: list[BadSample], task: str
+    ) -> Batch:
         pairs: list[Pair] = []
-        (fields,) = self.pipeline.sources.captions
+        (fields,) = pipeline.sources.captions
         for raw in samples:
             position = int(positions[len(pairs)])
             try:
-                pairs.append(make_pair(self.pipeline, raw, fields, 0, position))
+                pairs.append(make_pair(pipeline, raw, fields, 0, position))
             except ValueError as error:
                 bad.append(BadSample(raw.shard, raw.key, 0, " ".join(str(error).split()), position, ""))
             if len(pairs) == len(positions):
                 break
             if len(bad) > MOST_FAILURES + len(pairs):
                 raise ValueError(f"data.stream yields no usable samples; the last: {bad[-1].shard}: {bad[-1].reason}")
-        return assemble(self.pipeline, pairs, np.zeros_like(positions), positions)
+        return replace(assemble(pipeline, pairs, np.zeros_like(positions), positions), task=task)
 
     def _samples(self, seed: int, bad: list[BadSample]) -> Iterator[RawSample]:
         """Samples for ever, shuffled a little. What cannot be read is noted in `bad`, and the next shard opened."""

@@ -9,18 +9,21 @@ import numpy as np
 from mmpt.data.manifest import Manifest
 from mmpt.data.mixture import Mixture, batch_positions, place_of
 from mmpt.data.partners import PartnerPlaces, partner_places
+from mmpt.data.tasks import inputs_for, task_of
+from mmpt.inputs import InputSpec
 
 
 class Work(NamedTuple):
     """The samples of one batch, [B] int64 each: their positions and epochs, and where they lie.
 
-    partners: whose pictures their texts are shown, where the method wants that.
+    task: which of the method's tasks the batch is for. partners: whose pictures its texts are shown, if it is for that.
     """
 
     positions: np.ndarray
     epochs: np.ndarray
     chunks: np.ndarray
     indices: np.ndarray
+    task: str = ""
     partners: PartnerPlaces | None = None
 
     def all_chunks(self) -> np.ndarray:
@@ -31,10 +34,11 @@ class Work(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the training batches of a run follow from. partners: the order under the second seed, or None."""
+    """What the training batches of a run follow from. second: the order under `partner_seed`, where one is needed."""
 
+    inputs: InputSpec
     mixture: Mixture
-    partners: Mixture | None
+    second: Mixture | None
     seed: int
 
 
@@ -42,8 +46,10 @@ def training_work(plan: Plan, start: int, global_batch: int, rank: int, world_si
     """The parts of one rank of the global batches that follow `start` delivered samples, without end."""
     while True:
         positions = batch_positions(plan.mixture, start, global_batch, rank, world_size)
-        partners = plan.partners and partner_places(plan.partners, plan.seed, positions)
-        yield Work(positions, *place_of(plan.mixture, positions), partners)
+        task, partners = task_of(plan.inputs.tasks, plan.seed, start, global_batch), None
+        if plan.second is not None and inputs_for(plan.inputs, task).partners:
+            partners = partner_places(plan.second, plan.seed, positions)
+        yield Work(positions, *place_of(plan.mixture, positions), task, partners)
         start += global_batch
 
 

@@ -199,7 +199,7 @@ def test_chunks_of_partners_are_fetched_ahead_too():
 
     row = np.arange(2)
     places = partner_places(mixture([50], (1,)), 0, row)
-    work = Work(row, row, row + 100, row, places)
+    work = Work(row, row, row + 100, row, partners=places)
     (made,) = _announced(iter([work, work]), 1, Everything(), Ahead())  # type: ignore[arg-type]
     assert made is work
     assert asked[0] == [*places.chunks[~places.own].tolist(), 100, 101] and len(asked[0]) == 3
