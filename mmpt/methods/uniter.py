@@ -62,6 +62,10 @@ class UNITERConfig:
         if not self.trunk.width == self.text.width == self.regions.width:
             widths = f"words ({self.text.width}), regions ({self.regions.width}) and blocks ({self.trunk.width})"
             raise ValueError(f"{widths} must be equally wide")
+        if not self.regions.classes and self.class_weight + self.divergence_weight:
+            raise ValueError(
+                "class_weight and divergence_weight are 0 where regions.classes is: there is none to guess"
+            )
         if not self.tasks():
             raise ValueError("every task has weight 0: there is nothing to train on")
 
@@ -94,7 +98,7 @@ class UNITER(Method):
         self.pooler, self.match_head = Pooler(width), nn.Linear(width, 2)
         self.word_head = MaskedWordHead(width, config.text.vocab_size, self.text.token_embedding)
         self.feature_head = RegionFeatureHead(width, self.image.feature.weight)
-        self.class_head = RegionClassHead(width, config.regions.classes)
+        self.class_head = RegionClassHead(width, config.regions.classes) if config.regions.classes else None
         initialise_linear(self.match_head, BERT_DEVIATION)
 
     def encode_image(self, pictures: Pictures, masked: Tensor | None = None) -> Tokens:
@@ -147,6 +151,7 @@ class UNITER(Method):
         count = torch.full((), float(len(states)), device=states.device)
         if task == FEATURES:
             return {"features": Term(feature_regression(self.feature_head(states), answers), count)}
+        assert self.class_head is not None
         loss = class_regression if task == CLASSES else class_divergence
         return {COUNTED[task]: Term(loss(self.class_head(states), answers), count)}
 
