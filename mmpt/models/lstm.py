@@ -5,11 +5,10 @@ before BERT.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from mmpt.batch import Tokens
 from mmpt.inputs import TextSpec
@@ -69,6 +68,36 @@ class LSTMEmbedding(nn.Module):
         return nn.functional.embedding(ids, self.token_embedding)
 
 
+class _Together(torch.autograd.Function):
+    """The tensors as they are, whose gradients leave in one moment and in this order."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
+class BidirectionalLSTM(nn.LSTM):
+    """One layer, whose forward takes tokens in torch's packed order.
+
+    ZeRO 2 adds up gradients over ranks by the order in which they arrive, and on a CPU torch's LSTM finishes its
+    weights in an order that depends on the lengths of the sequences, which differ between ranks: hence `_Together`.
+    """
+
+    def __init__(self, width: int, hidden_width: int):
+        super().__init__(width, hidden_width, bidirectional=True)
+
+    def forward(self, x: Tensor, sequences_at: Tensor) -> Tensor:  # type: ignore[override]
+        """x [T, D] and how many sequences there are at each place, on the host -> [T, 2 H]."""
+        state = x.new_zeros(2, int(sequences_at[0]), self.hidden_size)
+        weights = list(_Together.apply(*self.parameters()))
+        # The same call as in torch's own forward: bias, one layer, no dropout, both directions.
+        return torch.lstm(x, sequences_at, (state, state), weights, True, 1, 0.0, self.training, True)[0]
+
+
 class LSTM(TextTower):
     """ids: Tokens with x [T] int64 -> Tokens [T, 2 H]: the state after each token, read forwards and backwards."""
 
@@ -78,14 +107,14 @@ class LSTM(TextTower):
         self.embedding = LSTMEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
         widths = [config.embedding_width, *[config.width] * (config.depth - 1)]
-        self.blocks = nn.ModuleList(nn.LSTM(width, config.hidden_width, bidirectional=True) for width in widths)
+        self.blocks = nn.ModuleList(BidirectionalLSTM(width, config.hidden_width) for width in widths)
 
     def forward(self, ids: Tokens) -> Tokens:
         x = self.embedding(ids.x)
         order, sequences_at = _time_major(ids)
         x = x[order]
         for block in self.blocks:
-            x = block(PackedSequence(self.dropout(x), sequences_at))[0].data  # [T, 2 H]
+            x = block(self.dropout(x), sequences_at)  # [T, 2 H]
         return ids.with_x(torch.empty_like(x).index_copy(0, order, x))
 
     def summary(self, tokens: Tokens) -> Tensor:
