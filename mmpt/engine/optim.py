@@ -60,11 +60,11 @@ BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 
 
 def freeze(module: nn.Module, lock: str) -> None:
-    """Stop the gradients and batch statistics of the locked towers (not their projections). ValueError if nothing
+    """Stop the gradients and batch statistics of the locked towers; projections lie beside them. ValueError if nothing
     matches."""
     locked = {"none": (), "image": ("image",), "text": ("text",), "both": ("image", "text")}[lock]
     for tower in locked:
-        names = [n for n, _ in module.named_parameters() if _tower(n) == tower and "projection" not in n]
+        names = [n for n, _ in module.named_parameters() if _tower(n) == tower]
         if not names:
             raise ValueError(f"optim.lock={lock!r}, but the model has no {tower} tower")
         for name in names:

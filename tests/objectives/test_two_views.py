@@ -12,7 +12,6 @@ from mmpt.models.dual_tower import unit
 from mmpt.models.projector import Projector, ProjectorConfig
 from mmpt.objectives.two_views import two_views
 from mmpt.ops.batch_norm import batch_norm
-from tests.ranks import run
 
 IMAGES, WIDTH = 8, 6
 
@@ -83,6 +82,7 @@ def projected(rank: int, world_size: int) -> tuple[float, dict[str, Tensor], dic
 
 
 def check(rank: int, world_size: int, expected: tuple[float, dict[str, Tensor], dict[str, Tensor]]) -> None:
+    """Ranks are one process: runs in tests/methods/test_towers.py, in ranks that are there anyway."""
     loss, gradients, buffers = projected(rank, world_size)
     assert loss == pytest.approx(expected[0], rel=1e-9)
     torch.testing.assert_close(gradients, expected[1], rtol=1e-8, atol=1e-10)
@@ -109,12 +109,6 @@ def test_one_process_is_torchs_modules_and_the_published_loss() -> None:
                 norm(theirs[:i](x))
         torch.testing.assert_close(buffers[f"{name}.running_mean"], 0.1 * norm.running_mean)
         torch.testing.assert_close(buffers[f"{name}.running_variance"], 0.9 + 0.1 * norm.running_var)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_are_one_process(world_size: int) -> None:
-    run(check, world_size, projected(0, 1))
 
 
 def test_the_published_head() -> None:

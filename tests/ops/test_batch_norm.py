@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from mmpt import dist
 from mmpt.ops.batch_norm import BatchNormed, _BatchNorm, batch_norm
-from tests.ranks import run
 
 EPS = 1e-3
 SHAPES = {"places": (12, 5, 3, 4), "vectors": (12, 5), "one place": (12, 5, 1, 1)}
@@ -85,6 +84,7 @@ def test_one_value_per_channel_is_refused() -> None:
 
 
 def check(rank: int, world_size: int) -> None:
+    """Ranks with unequal shares are one batch: runs in tests/methods/test_towers.py, in ranks that are there anyway."""
     shares = SHARES[world_size]
     own = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
     for shape in SHAPES.values():
@@ -98,9 +98,3 @@ def check(rank: int, world_size: int) -> None:
     exact = wanted(SHAPES["places"])[0][own]
     single = found(batch_norm, SHAPES["places"], own, torch.float32)[0]
     assert not len(single) or (single - exact).abs().max() < 1e-3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_with_unequal_shares_are_one_batch(world_size: int) -> None:
-    run(check, world_size)
