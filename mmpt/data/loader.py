@@ -3,7 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from mmpt.batch import Batch
@@ -16,12 +16,13 @@ from mmpt.data.mixture import Mixture, batch_positions
 from mmpt.data.partners import partner_seed
 from mmpt.data.pipeline import Pipeline
 from mmpt.data.quarantine import BadSample, check_rate
+from mmpt.data.regions import check_regions
 from mmpt.data.remote.ahead import FetchAhead
 from mmpt.data.remote.cache import CacheConfig, ChunkCache
 from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SEPARATOR, Sources, captions_per_source, split_sources
 from mmpt.data.stream import StreamMaker, stream_urls
-from mmpt.data.tasks import check_tasks
+from mmpt.data.tasks import check_tasks, inputs_for_evaluation
 from mmpt.data.text import TEXT_LINES, check_vocabulary, load_tokenizer
 from mmpt.data.work import Plan, Work, evaluation_work, training_work
 from mmpt.data.workers import BatchMaker
@@ -192,6 +193,7 @@ def _pipeline(config: DataConfig, sources: Sources, inputs: InputSpec, seed: int
     tokenizer = load_tokenizer(config.tokenizer)
     check_vocabulary(tokenizer, inputs)
     check_tasks(inputs.tasks)
+    check_regions(inputs)
     if inputs.masked_words:
         check_masking(tokenizer, inputs.masked_words)
     return Pipeline(sources, tokenizer, inputs, config.image, config.cache, config.remote, seed)
@@ -235,7 +237,7 @@ def eval_batches(
     if manifest is None:
         manifest, caption_field = load_manifest(shards, rank == 0, config.remote), config.caption_field
     sources = Sources((manifest,), captions_per_source(caption_field.split(SEPARATOR)[0], 1))
-    pipeline = _pipeline(config, sources, replace(inputs, masked_words=None), seed=0)
+    pipeline = _pipeline(config, sources, inputs_for_evaluation(inputs), seed=0)
     work = evaluation_work(manifest, rank, world_size, batch)
     made = workers.start(BatchMaker(pipeline, evaluation=True), work, config.workers)
     try:

@@ -12,14 +12,19 @@ from mmpt.data.image import ImageConfig, evaluation_image, training_images, whol
 from mmpt.data.patches import pack_patches, whole_size
 from mmpt.data.randomness import Random
 from mmpt.data.reader import RawSample
+from mmpt.data.regions import EXTENSION, FoundRegions, pack_regions, read_regions
 from mmpt.inputs import InputSpec
 
 
 class Picture(NamedTuple):
-    """pixels: [3, H, W] uint8. kept: [K] int64, ascending, the patches that are kept, or None for all of them."""
+    """Its pixels, or its regions.
 
-    pixels: np.ndarray
+    pixels: [3, H, W] uint8. kept: [K] int64, ascending, the patches that are kept, or None for all of them.
+    """
+
+    pixels: np.ndarray | None = None
     kept: np.ndarray | None = None
+    regions: FoundRegions | None = None
 
 
 def training_picture(
@@ -27,8 +32,10 @@ def training_picture(
 ) -> tuple[Picture, np.ndarray]:
     """The picture with all that varies in training, and its extra views, [V, 3, S, S] uint8.
 
-    Raises ValueError for an image that cannot be used.
+    Raises ValueError for an image that cannot be used. Where regions are wanted, no image is decoded.
     """
+    if inputs.regions is not None:
+        return Picture(regions=read_regions(raw.files.get(EXTENSION), inputs.regions)), np.empty(0, np.uint8)
     shape = inputs.image_size if inputs.image_resize == "square" else partial(whole_size, inputs=inputs)
     image, views = training_images(raw.image(), shape, config, random, inputs.extra_views, inputs.image_size)
     return Picture(image, kept_patches(inputs.patches, inputs.kept_patches, random)), views
@@ -39,6 +46,8 @@ def evaluation_picture(raw: RawSample, inputs: InputSpec, config: ImageConfig) -
 
     Raises ValueError for an image that cannot be used.
     """
+    if inputs.regions is not None:
+        return Picture(regions=read_regions(raw.files.get(EXTENSION), inputs.regions))
     if inputs.image_resize == "square":
         return Picture(evaluation_image(raw.image(), inputs.image_size, config))
     return Picture(whole_evaluation_image(raw.image(), partial(whole_size, inputs=inputs), config))
@@ -53,9 +62,13 @@ def kept_patches(total: int, kept: int, random: Random) -> np.ndarray | None:
 
 def stacked(pictures: Sequence[Picture], inputs: InputSpec) -> Pictures:
     """B pictures as a batch has them."""
+    if inputs.regions is not None:
+        return Pictures(regions=pack_regions([picture.regions for picture in pictures if picture.regions is not None]))
+    images = [picture.pixels for picture in pictures if picture.pixels is not None]
+    assert len(images) == len(pictures)
     if inputs.image_resize == "square":
-        pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))  # [B, 3, H, W]
+        pixels = torch.from_numpy(np.stack(images))  # [B, 3, H, W]
         kept = [picture.kept for picture in pictures if picture.kept is not None]
         return Pictures(pixels=pixels, kept_patches=torch.from_numpy(np.stack(kept)) if kept else None)  # [B, K]
-    patches, places, grids = pack_patches([picture.pixels for picture in pictures], inputs.patch_size)
+    patches, places, grids = pack_patches(images, inputs.patch_size)
     return Pictures(patches=patches, places=places, grids=grids)

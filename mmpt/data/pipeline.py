@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from mmpt.batch import Batch, MaskedWords, Partners, Tokens
+from mmpt.batch import Batch, MaskedRegions, MaskedWords, Partners, Pictures, Tokens
 from mmpt.data.image import ImageConfig
 from mmpt.data.masking import mask_words, words_of
 from mmpt.data.partners import PartnerPlaces
@@ -19,6 +19,7 @@ from mmpt.data.pictures import Picture, stacked, training_picture
 from mmpt.data.quarantine import BadSample, stand_ins
 from mmpt.data.randomness import Random, streams
 from mmpt.data.reader import RawSample
+from mmpt.data.regions import mask_regions
 from mmpt.data.remote.cache import CacheConfig
 from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SourceReader, Sources
@@ -166,14 +167,16 @@ def assemble(pipeline: Pipeline, pairs: Sequence[Pair], epochs: np.ndarray, posi
     keyed, count = zip(epochs.tolist(), positions.tolist(), strict=True), pipeline.inputs.draws
     randoms = [streams(pipeline.seed, epoch, position) for epoch, position in keyed]
     text, masked_words = texts_of(pipeline, [pair.caption for pair in pairs], randoms)
+    pictures = stacked([pair.picture for pair in pairs], pipeline.inputs)
     return Batch(
-        pictures=stacked([pair.picture for pair in pairs], pipeline.inputs),
+        pictures=pictures,
         text=text,
         positions=torch.from_numpy(positions.copy()),
         keys=tuple(pair.key for pair in pairs),
         views=_rows([pair.views for pair in pairs]),  # [B, V, 3, H, W]
         view_parameters=_rows([pair.view_parameters for pair in pairs]),  # [B, V, 8]
         masked_words=masked_words,
+        masked_regions=masked_regions_of(pipeline, pictures, randoms),
         draws=_rows([random("draws").random(count) for random in randoms]),  # [B, n]
     )
 
@@ -188,6 +191,15 @@ def texts_of(
     if masking is None:
         return text, None
     return text, mask_words(pipeline.tokenizer, text, words_of(encoded, masking), masking, randoms)
+
+
+def masked_regions_of(pipeline: Pipeline, pictures: Pictures, randoms: Sequence[Random]) -> MaskedRegions | None:
+    """Which regions are to be guessed, where the method wants that."""
+    share = pipeline.inputs.masked_regions
+    if not share:
+        return None
+    assert pictures.regions is not None
+    return mask_regions(pictures.regions.features.lengths().tolist(), share, randoms)
 
 
 def _rows(arrays: Sequence[np.ndarray]) -> torch.Tensor | None:

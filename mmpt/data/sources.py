@@ -91,9 +91,11 @@ def _seed_of(seed: int, source: int) -> int:
 class SourceReader:
     """Reads samples of all sources by chunk and index; see `Reader`."""
 
-    def __init__(self, sources: Sources, cache: CacheConfig, remote: RemoteConfig):
+    def __init__(
+        self, sources: Sources, cache: CacheConfig, remote: RemoteConfig, unread: frozenset[str] = frozenset()
+    ):
         self._sources = sources
-        self._readers = [Reader(manifest, cache, remote) for manifest in sources.manifests]
+        self._readers = [Reader(manifest, cache, remote, unread) for manifest in sources.manifests]
 
     def read(self, chunks: np.ndarray, indices: np.ndarray) -> Sequence[RawSample]:
         """The samples at these places, in the order given. Raises ShardError for a shard that cannot be trusted."""

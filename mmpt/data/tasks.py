@@ -30,6 +30,13 @@ def task_of(tasks: Tasks, seed: int, first_position: int, global_batch: int) -> 
     return next(name for (name, _), end in zip(tasks, ends, strict=True) if draw < end)
 
 
+def inputs_for_evaluation(inputs: InputSpec) -> InputSpec:
+    """Pictures in the method's form and texts, and nothing that training draws."""
+    return replace(
+        inputs, extra_views=0, masked_words=None, masked_regions=0.0, partners=False, draws=0, most_patches=0, tasks=()
+    )
+
+
 def inputs_for(inputs: InputSpec, task: str) -> InputSpec:
     """What a batch for one task holds: of what the method asks for, what this task does not need is left out."""
     if not inputs.tasks:

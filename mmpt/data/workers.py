@@ -11,7 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmpt.data.evaluation import evaluation_batch
+from mmpt.data.manifest import IMAGE_EXTENSIONS
 from mmpt.data.pipeline import Pipeline, training_batch
+from mmpt.data.regions import EXTENSION as REGIONS
 from mmpt.data.sources import SourceReader
 from mmpt.data.tar import ShardError
 from mmpt.data.work import Work
@@ -24,7 +26,8 @@ class BatchMaker(Dataset):
 
     def __init__(self, pipeline: Pipeline, evaluation: bool):
         self.pipeline, self.evaluation = pipeline, evaluation
-        self.reader = SourceReader(pipeline.sources, pipeline.cache, pipeline.remote)
+        unread = IMAGE_EXTENSIONS if pipeline.inputs.regions is not None else (REGIONS,)
+        self.reader = SourceReader(pipeline.sources, pipeline.cache, pipeline.remote, frozenset(unread))
 
     def __getitem__(self, work: Work) -> Any:
         make = evaluation_batch if self.evaluation else training_batch
