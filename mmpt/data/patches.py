@@ -25,17 +25,21 @@ def whole_size(width: int, height: int, inputs: InputSpec) -> tuple[int, int]:
     return rows * patch, columns * patch
 
 
-def pack_patches(images: Sequence[np.ndarray], patch_size: int) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
+def pack_patches(
+    images: Sequence[np.ndarray], patch_size: int, kept: Sequence[np.ndarray | None]
+) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
     """Images [3, H, W] uint8 as sequences of patches, row by row; the place of each in its grid, [T] int64; and the
     grid (rows, columns) of each image, [B, 2] int64.
 
     A patch is its pixels in the order (channel, row, column), as a convolution's weights have them: x is uint8
     [T, 3 * patch_size * patch_size]. Sides must be multiples of patch_size.
+    kept: the places of each image's patches that stay, ascending, or None for all.
     """
     grids = [(image.shape[1] // patch_size, image.shape[2] // patch_size) for image in images]
-    sequences = []
-    for image, (rows, columns) in zip(images, grids, strict=True):
+    sequences, places = [], []
+    for image, (rows, columns), own in zip(images, grids, kept, strict=True):
         cut = image.reshape(3, rows, patch_size, columns, patch_size).transpose(1, 3, 0, 2, 4)  # [gy, gx, 3, S, S]
-        sequences.append(torch.from_numpy(cut.reshape(rows * columns, -1)))
-    places = [torch.arange(rows * columns) for rows, columns in grids]
+        patches = cut.reshape(rows * columns, -1)
+        sequences.append(torch.from_numpy(patches if own is None else patches[own]))
+        places.append(torch.arange(rows * columns) if own is None else torch.from_numpy(own))
     return pack(sequences), torch.cat(places), torch.tensor(grids)

@@ -38,7 +38,11 @@ def training_picture(
         return Picture(regions=read_regions(raw.files.get(EXTENSION), inputs.regions)), np.empty(0, np.uint8)
     shape = inputs.image_size if inputs.image_resize == "square" else partial(whole_size, inputs=inputs)
     image, views = training_images(raw.image(), shape, config, random, inputs.extra_views, inputs.image_size)
-    return Picture(image, kept_patches(inputs.patches, inputs.kept_patches, random)), views
+    total, kept = inputs.patches, inputs.kept_patches
+    if inputs.image_resize != "square":
+        total = kept = image.shape[1] * image.shape[2] // inputs.patch_size**2
+        kept = min(total, inputs.most_patches or total)
+    return Picture(image, kept_patches(total, kept, random)), views
 
 
 def evaluation_picture(raw: RawSample, inputs: InputSpec, config: ImageConfig) -> Picture:
@@ -54,7 +58,8 @@ def evaluation_picture(raw: RawSample, inputs: InputSpec, config: ImageConfig) -
 
 
 def kept_patches(total: int, kept: int, random: Random) -> np.ndarray | None:
-    """[K] int64, ascending: a uniformly random K of P patches (FLIP, Li et al. 2023, section 3). None for all."""
+    """[K] int64, ascending: a uniformly random K of P patches; None for all. (Of squares, FLIP, Li et al. 2023, section
+    3; of whole images 200 at most, ViLT, Kim et al. 2021, section 4.)"""
     if kept == total:
         return None
     return np.sort(np.argsort(random("patches").random(total), kind="stable")[:kept])
@@ -70,5 +75,5 @@ def stacked(pictures: Sequence[Picture], inputs: InputSpec) -> Pictures:
         pixels = torch.from_numpy(np.stack(images))  # [B, 3, H, W]
         kept = [picture.kept for picture in pictures if picture.kept is not None]
         return Pictures(pixels=pixels, kept_patches=torch.from_numpy(np.stack(kept)) if kept else None)  # [B, K]
-    patches, places, grids = pack_patches(images, inputs.patch_size)
+    patches, places, grids = pack_patches(images, inputs.patch_size, [picture.kept for picture in pictures])
     return Pictures(patches=patches, places=places, grids=grids)

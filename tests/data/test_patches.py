@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from transformers.models.vilt.image_processing_pil_vilt import ViltImageProcessorPil
 
 from mmpt.batch import concatenate, unpack
@@ -15,6 +16,7 @@ from mmpt.data.loader import DataConfig, build_loader, eval_batches
 from mmpt.data.patches import pack_patches, whole_size
 from mmpt.data.randomness import generator
 from mmpt.inputs import InputSpec
+from tests.data.batches import assert_same, global_batches, resumed
 
 VILT = InputSpec(
     image_size=384, max_text_tokens=40, vocab_size=30522, image_resize="shorter_side", longest_side=639, patch_size=32
@@ -52,7 +54,7 @@ def test_native_images_stay_as_large_as_they_are_up_to_the_cap():
 def test_patches_are_those_of_unfold():
     random = np.random.default_rng(1)
     images = [random.integers(0, 256, (3, 8 * h, 8 * w), dtype=np.uint8) for h, w in ((1, 1), (2, 5), (4, 3))]
-    tokens, places, grids = pack_patches(images, 8)
+    tokens, places, grids = pack_patches(images, 8, [None] * 3)
     assert grids.tolist() == [[1, 1], [2, 5], [4, 3]] and tokens.longest == 12 and tokens.x.dtype == torch.uint8
     assert places.equal(tokens.position())
     assert tokens.offsets.tolist() == [0, 1, 11, 23]
@@ -123,6 +125,35 @@ def test_the_loader_delivers_them_for_every_world_size(shards: str, tokenizer: s
         assert sum(len(part) for part in others) == GLOBAL_BATCH
     ((evaluated, _), *_) = eval_batches(shards, config, wanting, 0, 1, 10)
     assert len(evaluated) == 10 and evaluated.pictures.grids.prod(1).sum() == len(evaluated.pictures.patches.x)
+
+
+def test_some_of_the_patches_of_large_images_in_training_all_in_evaluation(
+    shards: str, tokenizer: str, inputs: InputSpec
+):
+    """ViLT keeps 200 of up to 228; here 18 of up to 28. Without replacement, in the order of places, evenly; with
+    partners."""
+    config = DataConfig(shards=shards, tokenizer=tokenizer, workers=0, lanes=6)
+    everything = replace(inputs, patches=0, kept_patches=0, partners=True, **SMALL)
+    wanting = replace(everything, most_patches=18)
+    whole, complete = (global_batches(config, asked, 12) for asked in (wanting, everything))
+    for others in (global_batches(config, wanting, 3, 4), resumed(config, wanting, [1, 3], (2, 1))):
+        for a, b in zip(whole[:3], others, strict=True):
+            assert_same(a, b)
+    counts, shown = torch.zeros(6, 6), 0
+    for a, b in zip(whole, complete, strict=True):
+        for some, every in ((a.pictures, b.pictures), (a.partners.pictures, b.partners.pictures)):  # type: ignore[union-attr]
+            lengths = every.patches.lengths()  # type: ignore[union-attr]
+            assert some.patches.lengths().equal(lengths.clamp(max=18)) and some.grids.equal(every.grids)  # type: ignore[union-attr]
+            own = zip(*(unpack(some.patches.with_x(x)) for x in (some.patches.x, some.places)), strict=True)  # type: ignore[union-attr]
+            for (patches, places), all_patches, grid in zip(own, unpack(every.patches), every.grids.tolist()):  # type: ignore[union-attr, arg-type]
+                assert bool((places.diff() > 0).all()) and patches.equal(all_patches[places])
+                if grid == [4, 5]:
+                    counts[places // 5, places % 5] += 1
+                    shown += 1
+    assert shown > 50 and counts[:4, :5].sum() == 18 * shown
+    assert stats.chisquare(counts[:4, :5].flatten().numpy()).pvalue > 1e-3
+    ((evaluated, _), *_) = eval_batches(shards, config, wanting, 0, 1, 10)
+    assert evaluated.pictures.grids.prod(1).tolist() == evaluated.pictures.patches.lengths().tolist()
 
 
 @pytest.mark.parametrize(
