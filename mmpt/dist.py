@@ -124,6 +124,26 @@ def _all_reduce(x: Tensor, operation: Any) -> Tensor:
     return out
 
 
+def host_group() -> torch_distributed.ProcessGroup | None:
+    """A group for facts that hosts settle without waiting for their devices; None where the only group is such a one.
+
+    All ranks make it together, and use it in one thread.
+    """
+    if world_size() == 1 or torch_distributed.get_backend() == "gloo":
+        return None
+    group = torch_distributed.new_group(backend="gloo")
+    assert isinstance(group, torch_distributed.ProcessGroup)
+    return group
+
+
+def largest_over_ranks(value: int, group: torch_distributed.ProcessGroup | None) -> int:
+    """The largest of the ranks' values, over a `host_group`."""
+    out = torch.tensor(value)
+    if world_size() > 1:
+        torch_distributed.all_reduce(out, op=torch_distributed.ReduceOp.MAX, group=group)
+    return int(out)
+
+
 def all_true(flag: bool, device: torch.device | str = "cpu") -> bool:
     """Whether the flag is true on every rank. All ranks get the same answer."""
     if world_size() == 1:

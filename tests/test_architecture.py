@@ -112,7 +112,7 @@ def test_distance_from_train() -> None:
 
     visit(ROOT / "mmpt" / "train.py", ())
     lines = sum(len(path.read_text().splitlines()) for path in graph)
-    assert len(graph) <= 75 and lines <= 10_000, f"{len(graph)} files, {lines} lines"
+    assert len(graph) <= 85 and lines <= 11_000, f"{len(graph)} files, {lines} lines"
 
 
 def module_file(name: str) -> Path | None:

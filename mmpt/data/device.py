@@ -2,6 +2,12 @@
 
 Workers hand batches over in pinned memory (torch's allocator reuses the same few buffers); a thread cuts them into
 micro-batches and starts their copies on a stream of its own; the step waits for an event, not for the host.
+
+With a token budget all ranks must cut alike often: every forward pass may hold collectives. How often is not known to a
+rank by itself, for it follows from the captions and pictures that the others have read. The ranks agree on it in the
+training thread: there all of them ask for the same delivery in the same order, while a collective of the copying
+thread could meet the step's own (NCCL runs what it is given in order), or be waited for by a rank whose run is over.
+They agree over gloo, so that no host waits for its device; and the copies are then started, still on their own stream.
 """
 
 import queue
@@ -10,15 +16,17 @@ from typing import NamedTuple, Self
 
 import torch
 
+from mmpt import dist
 from mmpt.batch import Batch
 from mmpt.data.loader import Loader
+from mmpt.data.micro_batches import TokenBudget, micro_batches_for, split_by_tokens
 from mmpt.data.quarantine import BadSample
 
 BATCHES_ON_THE_WAY = 1
 
 
 class Delivery(NamedTuple):
-    """A batch as equal micro-batches on the device, and the loader's facts at the moment of its delivery.
+    """A batch as micro-batches on the device, and the loader's facts at the moment of its delivery.
 
     state, epochs: see `Loader`. quarantined: samples of this batch that could not be used.
     """
@@ -30,10 +38,15 @@ class Delivery(NamedTuple):
 
 
 class DeviceLoader:
-    """An endless iterator over deliveries; see `Loader` for their order. overlap: copy in a thread, one batch ahead."""
+    """An endless iterator over deliveries; see `Loader` for their order.
 
-    def __init__(self, loader: Loader, device: torch.device, parts: int, overlap: bool):
+    parts: into how many equal micro-batches each batch is cut; or the tokens that one may have, and then all ranks make
+    and use their loaders together. overlap: read, and copy where that can be, in a thread, one batch ahead.
+    """
+
+    def __init__(self, loader: Loader, device: torch.device, parts: int | TokenBudget, overlap: bool):
         self._loader, self._device, self._parts = loader, device, parts
+        self._group = dist.host_group() if isinstance(parts, TokenBudget) else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ready = queue.Queue[tuple[Delivery, torch.Event | torch.cuda.Event | None] | Exception](
             BATCHES_ON_THE_WAY
@@ -49,12 +62,16 @@ class DeviceLoader:
     def __next__(self) -> Delivery:
         """Raises what the loader raises."""
         if not self._thread:
-            return self._deliver()
+            return self._cut(self._deliver())
         made = self._ready.get()
         if isinstance(made, Exception):
             self._ready.put(made)  # whoever asks again is told again
             raise made
         delivery, copied = made
+        if isinstance(self._parts, TokenBudget):
+            with torch.cuda.stream(self._stream):
+                delivery = self._cut(delivery)
+                copied = self._stream.record_event() if self._stream else None
         if copied is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(copied)
@@ -74,9 +91,21 @@ class DeviceLoader:
         self._loader.close()
 
     def _deliver(self) -> Delivery:
+        """The next batch: cut and on its way where all ranks know how to cut it, else whole and on the host."""
         batch = next(self._loader)
-        parts = [part.to(self._device) for part in batch.split(self._parts)]
+        parts = [batch] if isinstance(self._parts, TokenBudget) else self._moved(batch.split(self._parts))
         return Delivery(parts, self._loader.state, self._loader.epochs, self._loader.take_quarantined())
+
+    def _cut(self, delivery: Delivery) -> Delivery:
+        """Cut by the budget, as often as the rank with the most tokens has to. Collective."""
+        if not isinstance(self._parts, TokenBudget):
+            return delivery
+        (batch,) = delivery.micro_batches
+        parts = dist.largest_over_ranks(micro_batches_for(batch, self._parts), self._group)
+        return delivery._replace(micro_batches=self._moved(split_by_tokens(batch, parts, self._parts.square_tokens)))
+
+    def _moved(self, parts: list[Batch]) -> list[Batch]:
+        return [part.to(self._device) for part in parts]
 
     def _copy_ahead(self) -> None:
         while not self._closing.is_set():
