@@ -7,6 +7,7 @@ each rank's loss multiplied by W, W ranks then give the gradients of one process
 
 import os
 import socket
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -45,6 +46,13 @@ def init(timeout_seconds: float = 600.0) -> torch.device:
     return device
 
 
+def set_timeout(timeout_seconds: float) -> None:
+    """From now on a collective of any process group, DeepSpeed's included, fails after this long."""
+    if torch_distributed.is_initialized():
+        for group in list(torch_distributed.distributed_c10d._world.pg_map):
+            torch_distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+
+
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     if torch_distributed.is_initialized():
@@ -81,17 +89,24 @@ def lost_a_rank(error: Exception) -> bool:
     return isinstance(error, torch_distributed.DistError) or "gloo/transport" in str(error)
 
 
-def leave_failed() -> object:
-    """Break the connections, so that ranks that wait for us fail too. Hold what is returned until they have failed:
-    with it rank 0 still answers `first_to_fail`.
+def leave_failed(wait_seconds: float) -> None:
+    """Break the connections, so that ranks that wait for us fail too, and wait until they have said so, each by
+    `first_to_fail`, or for so long: rank 0 keeps the account.
 
     NCCL has no such way out: its ranks wait for the launcher to end them.
     """
-    if not torch_distributed.is_initialized() or torch_distributed.get_backend() != "gloo":
-        return None
-    store = torch_distributed.distributed_c10d._get_default_store()
-    torch_distributed.destroy_process_group()
-    return store
+    if not torch_distributed.is_initialized():
+        return
+    store, ranks = torch_distributed.distributed_c10d._get_default_store(), world_size()
+    if torch_distributed.get_backend() == "gloo":
+        torch_distributed.destroy_process_group()
+    deadline = time.monotonic() + wait_seconds
+    try:
+        while store.add("mmpt/failed", 0) < ranks and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)  # those who asked last have yet to be answered
+    except RuntimeError:
+        return  # rank 0 is gone
 
 
 def rank() -> int:

@@ -1,31 +1,50 @@
-"""How a program of several ranks fails: one line, from the rank that met the error first."""
+"""How a program of several ranks fails: one line, from the rank that met the error first, and an exit status."""
 
 import sys
-import time
 import traceback
 from pathlib import Path
 
-from mmpt import dist
+from mmpt import dist, exit_codes
 
-WAIT_FOR_OTHERS_SECONDS = 2.0
+WAIT_FOR_OTHERS_SECONDS = 5.0
 
 
-def report(program: str, error: Exception, run_dir: Path | None = None) -> None:
+class Hung(RuntimeError):
+    """Nothing moved for too long."""
+
+
+class UnfitNode(RuntimeError):
+    """A node failed the checks before the start."""
+
+
+class NotFinite(RuntimeError):
+    """Training has diverged, and what was allowed against it is used up."""
+
+
+def status_of(error: Exception) -> int:
+    """The exit status that this error ends the program with."""
+    for kind, status in (
+        (Hung, exit_codes.HUNG), (UnfitNode, exit_codes.UNFIT_NODE), (NotFinite, exit_codes.NOT_FINITE),
+    ):  # fmt: skip
+        if isinstance(error, kind):
+            return status
+    return exit_codes.FAILED
+
+
+def report(program: str, error: Exception, run_dir: Path | None = None) -> int:
     """Print "program: error: ..." once among all ranks; the traceback goes to error-rank-R.txt in the run directory.
+    Returns the exit status.
 
     The other ranks fail by it, in the same way or because we leave them; they ask whether anybody spoke, and stay
-    silent. Every rank waits a moment before it ends, because the launcher ends them all when one does.
+    silent. Every rank waits for the others before it ends, because the launcher ends them all when one does.
     """
     if run_dir is not None and run_dir.is_dir():
         write_trace(run_dir / f"error-rank-{dist.rank()}.txt", error)
-    alone = dist.world_size() == 1
     if dist.first_to_fail():
         lost = "another rank ended without a word (was it killed, perhaps for memory?): " * dist.lost_a_rank(error)
         print(f"{program}: error: {lost}{error}", file=sys.stderr, flush=True)
-    held = dist.leave_failed()
-    if not alone:
-        time.sleep(WAIT_FOR_OTHERS_SECONDS)
-    del held
+    dist.leave_failed(WAIT_FOR_OTHERS_SECONDS)
+    return status_of(error)
 
 
 def write_trace(path: Path, error: Exception) -> None:

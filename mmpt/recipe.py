@@ -9,7 +9,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,13 +17,16 @@ import mmpt.recipes
 from mmpt import config, dist
 from mmpt.data.loader import DataConfig
 from mmpt.engine.build import EngineConfig
+from mmpt.engine.guard import GuardConfig
 from mmpt.engine.optim import OptimConfig
 from mmpt.evals.suite import EvalConfig
 from mmpt.methods.method import MethodConfig
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(GuardConfig):
+    """What to train on how much, how often to record and save, and (GuardConfig) what to do when something happens."""
+
     dir: str
     """Run directory: recipe, metrics, TensorBoard, checkpoints and report live here; an existing run is continued."""
     global_batch: int
@@ -80,6 +83,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.keep_last",
     "run.keep_every_steps",
     "run.stop_at_step",
+    *(f"run.{field.name}" for field in fields(GuardConfig)),
 )
 
 

@@ -15,15 +15,19 @@ from pathlib import Path
 
 import torch
 
-from mmpt import config, dist, failure
+from mmpt import config, dist, exit_codes, failure
 from mmpt.data import quarantine
 from mmpt.data.device import DeviceLoader
 from mmpt.data.loader import build_loader
 from mmpt.engine.build import Engine, build, check_precision, evaluating
+from mmpt.engine.guard import Guard
 from mmpt.engine.metrics import Metrics
 from mmpt.engine.optim import learning_rate
-from mmpt.engine.resume import Progress, checkpoint_now, resume
+from mmpt.engine.progress import Progress
+from mmpt.engine.resume import checkpoints_of, resume
+from mmpt.engine.saver import Saver
 from mmpt.engine.step import train_step
+from mmpt.engine.stopping import Ballot
 from mmpt.engine.writers import Writers
 from mmpt.evals.suite import evaluate
 from mmpt.recipe import Recipe, check_same_run, parse_arguments
@@ -34,7 +38,7 @@ SHOWN = ("loss", "logit_scale", "grad_norm", "learning_rate", "samples_per_secon
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 trained, 1 the run failed, 2 the command line is wrong. An error is one line, said once."""
+    """The exit status, one of mmpt/exit_codes.py. An error is one line, said once."""
     try:
         recipe = parse_arguments(arguments)
     except ValueError as error:
@@ -42,66 +46,81 @@ def main(arguments: Sequence[str]) -> int:
             time.sleep(WAIT_FOR_RANK_0_SECONDS)
         else:
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return exit_codes.WRONG_USE
     try:
-        train(recipe)
+        with Guard(recipe.run, recipe.engine.timeout_seconds) as guard:
+            status = train(recipe, guard)
     except (ValueError, OSError, RuntimeError) as error:
-        failure.report("train.py", error, Path(recipe.run.dir))
-        return 1
-    dist.shutdown()
-    return 0
+        return failure.report("train.py", error, Path(recipe.run.dir))
+    if status == exit_codes.FINISHED:
+        dist.shutdown()  # whoever was told to stop leaves at once
+    return status
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, guard: Guard) -> int:
     """The story of a run."""
     device = dist.init(recipe.engine.timeout_seconds)
     run_dir, run, world_size = Path(recipe.run.dir), recipe.run, dist.world_size()
     parts = recipe.micro_batches(world_size)
     check_precision(recipe.engine, device)
     open_run_dir(run_dir, recipe)
+    guard.open(run_dir)
 
     torch.manual_seed(run.seed)
     method = recipe.method.build()
     micro_batch = run.global_batch // world_size // parts
     engine = build(method, recipe.engine, recipe.optim, micro_batch, device)
-    progress, notes = resume(run_dir, engine, run.seed, run.init)
+    saver = Saver(checkpoints_of(run_dir), engine, run.keep_last, run.keep_every_steps)
+    progress, notes = resume(run_dir, saver, engine, run.seed, run.init)
     loader = build_loader(
         recipe.data, recipe.method.inputs(), run.seed, run.global_batch, dist.rank(), world_size, progress.data_state
     )
     deliveries = DeviceLoader(loader, device, parts, overlap=device.type == "cuda")
     writers = Writers(run_dir, progress.step, recipe.total_steps())
-    with closing(deliveries), closing(writers):
-        same_data(progress, loader.fingerprint, run_dir)
+    with closing(deliveries), closing(writers), closing(saver):
+        progress.same_data(loader.fingerprint, run_dir)
         if not loader.exactly_once:
             notes.append("data.stream: exactly-once is off, samples are drawn with replacement and anew on every start")
-        for note in notes:
-            writers.say(note)
+        guard.begin(progress, notes, writers)
         writers.text("recipe", (run_dir / "recipe.yaml").read_text(), progress.step)
-        loop(recipe, engine, deliveries, progress, writers)
+        return loop(recipe, engine, deliveries, progress, writers, saver, guard)
 
 
-def loop(recipe: Recipe, engine: Engine, deliveries: DeviceLoader, progress: Progress, writers: Writers) -> None:
-    """Step after step, with records, evaluations and checkpoints when they are due."""
+def loop(
+    recipe: Recipe, engine: Engine, deliveries: DeviceLoader, progress: Progress, writers: Writers, saver: Saver,
+    guard: Guard,
+) -> int:  # fmt: skip
+    """Step after step, with records, evaluations and checkpoints when they are due. Returns the exit status."""
     run, run_dir, total_steps = recipe.run, Path(recipe.run.dir), recipe.total_steps()
     last_step = min(total_steps, run.stop_at_step or total_steps)
     metrics = Metrics(run.global_batch, engine.device)
+    if guard.told_before_start(saver, engine.device):
+        return guard.leave(saver, progress, writers, late=False)
     while progress.step < last_step:
         began = time.perf_counter()
+        guard.beat("data", progress.step)
         delivery = next(deliveries)
         waited = time.perf_counter() - began
+        guard.beat("step", progress.step)
         lr = learning_rate(recipe.optim, progress.applied_steps, total_steps)
-        result, terms = train_step(engine, delivery.micro_batches, lr)
-        advance(progress, result.applied, delivery.state, recipe.engine.max_consecutive_skips)
+        result, terms = train_step(engine, delivery.micro_batches, lr, guard.ballot(saver))
+        heard = Ballot(*result.ballot)
+        progress.advance(result.applied, delivery.state, recipe.engine.max_consecutive_skips)
         quarantine.append(run_dir, dist.rank(), delivery.quarantined)
+        guard.hear(heard, saver, writers)
+        guard.step_done(time.perf_counter() - began)
         metrics.add(result, terms, waited, time.perf_counter() - began)
         writers.advance(progress.step)
         last = progress.step == last_step
 
         if last or progress.step % run.log_every_steps == 0:
-            record = metrics.record() | {"learning_rate": lr, "samples": progress.data_state}
+            record = metrics.record() | saver.record() | {"learning_rate": lr, "samples": progress.data_state}
             record |= epochs(delivery.epochs)
             writers.record(progress.step, record, SHOWN)
+        if heard.stop and not last:
+            return guard.leave(saver, progress, writers, late=heard.late > 0)
         if progress.step == total_steps or due(progress.step, recipe.evals.every_steps):
+            guard.beat("evaluate", progress.step)
             with evaluating(engine):
                 scores = evaluate(
                     recipe.evals, recipe.data, recipe.method.inputs(), engine, engine.method, engine.device
@@ -109,10 +128,10 @@ def loop(recipe: Recipe, engine: Engine, deliveries: DeviceLoader, progress: Pro
             if scores:
                 writers.record(progress.step, scores, tuple(scores))
         if last or progress.step % run.checkpoint_every_steps == 0:
-            checkpoint_now(run_dir, engine, progress, run.keep_last, run.keep_every_steps)
+            guard.save(saver, progress, writers, last)
             if dist.rank() == 0:
                 quarantine.merge(run_dir)
-    writers.say(f"{'finished' if progress.step == total_steps else 'stopped'} at step {progress.step} in {run_dir}")
+    return guard.finish(progress, writers, total_steps)
 
 
 def open_run_dir(run_dir: Path, recipe: Recipe) -> None:
@@ -129,26 +148,6 @@ def open_run_dir(run_dir: Path, recipe: Recipe) -> None:
             problem = str(error)
     if problem := dist.broadcast_object(problem):
         raise ValueError(problem)
-
-
-def same_data(progress: Progress, fingerprint: str, run_dir: Path) -> None:
-    """Remember what data a run began with; ValueError when it is continued on other data."""
-    if progress.data_fingerprint not in ("", fingerprint):
-        raise ValueError(f"the shards are not those that {run_dir} began with; choose another --run.dir")
-    progress.data_fingerprint = fingerprint
-
-
-def advance(progress: Progress, applied: bool, data_state: int, max_consecutive_skips: int) -> None:
-    """Count the step; ValueError when too many in a row could not be applied. All ranks decide alike."""
-    progress.step += 1
-    progress.data_state = data_state
-    progress.applied_steps += applied
-    progress.consecutive_skips = 0 if applied else progress.consecutive_skips + 1
-    if progress.consecutive_skips >= max_consecutive_skips:
-        raise ValueError(
-            f"the gradient was not finite in {progress.consecutive_skips} steps in a row, up to step {progress.step}; "
-            "nothing was updated in them. The last checkpoint is whole: continue with a lower optim.lr or another seed"
-        )
 
 
 def epochs(passes: tuple[float, ...]) -> dict[str, float]:

@@ -3,8 +3,10 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections.abc import Iterable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from mmpt.data.tar import ShardError
 from mmpt.data.work import Work
 
 BATCHES_AHEAD_PER_WORKER = 2
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class BatchMaker(Dataset):
@@ -52,6 +55,17 @@ def start(maker: Dataset, work: Iterable[Work] | None, workers: int) -> Iterator
         # A fork of a process that has threads or a CUDA context may deadlock; the fork server has neither.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", "mmpt.data.pipeline", "transformers"])
+    # Whoever stops a job signals all of its processes. The training process decides what follows; the fork server and
+    # its workers, which inherit this mask, must live until then.
+    resource_tracker.ensure_running()  # it unblocks SIGTERM when it starts
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        return _iterator(maker, work, workers, context)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _iterator(maker: Dataset, work: Iterable[Work] | None, workers: int, context: Any) -> Iterator[Any]:
     loader = DataLoader(
         maker,
         sampler=work,  # type: ignore[arg-type]  # any iterable of indices will do, and an index may be anything
@@ -80,7 +94,16 @@ def _begin_worker(worker: int) -> None:
         multiprocessing.connection.wait([training.sentinel])
         os._exit(1)
 
+    def obey() -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != training.pid:  # torch ends a stuck worker by a signal
+            pass
+        os._exit(1)
+
     threading.Thread(target=follow, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=obey, daemon=True).start()
+    else:  # macOS: no way to tell who sent it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def take(batches: Iterator[Any]) -> Any:

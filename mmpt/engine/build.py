@@ -89,6 +89,8 @@ class StepResult:
     """False where the gradient was not finite on some rank; then nothing changed on any rank."""
     grad_norm: float
     """Global gradient norm before clipping."""
+    ballot: tuple[float, ...] = ()
+    """What the ranks had to say when the step began, summed over ranks; see engine/stopping.py."""
 
 
 class Engine:

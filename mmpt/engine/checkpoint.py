@@ -9,17 +9,17 @@ leaves frozen parameters and buffers at their fresh random values and, at stage 
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from mmpt import dist
 from mmpt.engine.build import Engine
-from mmpt.engine.checkpoint_files import Manifest, publish
+from mmpt.engine.checkpoint_files import Manifest
 from mmpt.engine.partition import Segment, frozen_segments, refresh_parameters, segments
+from mmpt.engine.snapshot import Snapshot
 from mmpt.engine.step import random_state, set_random_state
 from mmpt.engine.teacher import advance
 
@@ -27,23 +27,33 @@ Piece = tuple[str, str, int, Tensor]
 """(kind, name, start in the flattened whole, values)."""
 
 
-def save(folder: Path, engine: Engine, step: int, state: dict[str, Any]) -> Path:
-    """Publish a checkpoint of this step; returns its directory. Collective. OSError if it could not be written."""
+class Capture(NamedTuple):
+    """What a rank knows of a checkpoint at its moment, besides the values. `fields` are alike on all ranks."""
+
+    fields: dict[str, Any]
+    """Of the manifest."""
+    contents: list[tuple[str, str, int, int]]
+    """(kind, name, start, length) of the tensors in this rank's file."""
+    moments: list[str]
+    """Names of the optimizer moments in this rank's file."""
+    optimizer_step: int
+
+
+def capture(engine: Engine, step: int, state: dict[str, Any], memory: Snapshot) -> Capture:
+    """Copy what this rank owns of the engine's state into host memory. No rank waits for another."""
     pieces = list(_owned_pieces(engine))
-    tensors = {f"{kind}|{name}|{start}": values for kind, name, start, values in pieces}
-    contents = [(kind, name, start, values.numel()) for kind, name, start, values in pieces]
-    manifest = {
+    memory.fill({f"{kind}|{name}|{start}": values for kind, name, start, values in pieces})
+    fields = {
         "step": step,
         "world_size": dist.world_size(),
         "zero_stage": engine.config.zero_stage,
         "precision": engine.config.precision,
-        "optimizer_step": _optimizer_step(engine),
-        "moments": _moments(engine),
         "shapes": _shapes(engine),
         "loss_scaler": _loss_scaler(engine),
         "state": state,
     }
-    return publish(folder, step, to_safetensors(tensors), contents, manifest)
+    contents = [(kind, name, start, values.numel()) for kind, name, start, values in pieces]
+    return Capture(fields, contents, _moments(engine), _optimizer_step(engine))
 
 
 def _owned_pieces(engine: Engine) -> Iterator[Piece]:
@@ -52,24 +62,20 @@ def _owned_pieces(engine: Engine) -> Iterator[Piece]:
     for i, segment in enumerate(segments(engine.deepspeed)):
         if stage == 0 and i % world_size != rank:
             continue
-        yield "master", segment.name, segment.start, _copy(segment.of(segment.flat))
+        yield "master", segment.name, segment.start, segment.of(segment.flat)
         for moment, flat in _moment_tensors(engine, segment.flat).items():
-            yield moment, segment.name, segment.start, _copy(segment.of(flat))
+            yield moment, segment.name, segment.start, segment.of(flat)
     for i, segment in enumerate(frozen_segments(engine.deepspeed)):
         if stage == 3 or i % world_size == rank:
-            yield "frozen", segment.name, segment.start, _copy(segment.of(segment.flat))
+            yield "frozen", segment.name, segment.start, segment.of(segment.flat)
     if rank == 0:
         for name, buffer in _buffers(engine).items():
-            yield "buffer", name, 0, _copy(buffer.flatten())
+            yield "buffer", name, 0, buffer.flatten()
     for i, (name, parameter) in enumerate(_teacher(engine).items()):
         if i % world_size == rank:
-            yield "teacher", name, 0, _copy(parameter.flatten())
+            yield "teacher", name, 0, parameter.flatten()
     for i, values in enumerate(random_state(engine.device)):
-        yield "rng", str(i), rank, values.cpu()
-
-
-def _copy(values: Tensor) -> Tensor:
-    return values.detach().to("cpu", copy=True).contiguous()
+        yield "rng", str(i), rank, values
 
 
 def _buffers(engine: Engine) -> dict[str, Tensor]:
@@ -96,15 +102,13 @@ def _moment_tensors(engine: Engine, flat: Tensor) -> dict[str, Tensor]:
 
 def _moments(engine: Engine) -> list[str]:
     flats = [segment.flat for segment in segments(engine.deepspeed)]
-    local = sorted({name for flat in flats for name in _moment_tensors(engine, flat)})
-    return sorted({name for names in dist.gather_objects(local) for name in names})
+    return sorted({name for flat in flats for name in _moment_tensors(engine, flat)})
 
 
 def _optimizer_step(engine: Engine) -> int:
-    """How many updates the optimizer has applied: the t of Adam's bias correction."""
+    """How many updates this rank's optimizer has applied: the t of Adam's bias correction."""
     local = max((int(state["step"]) for state in engine.optimizer.state.values() if "step" in state), default=0)
-    local = max([local, *(int(group["step"]) for group in engine.optimizer.param_groups if "step" in group)])
-    return max(dist.gather_objects(local))
+    return max([local, *(int(group["step"]) for group in engine.optimizer.param_groups if "step" in group)])
 
 
 def _loss_scaler(engine: Engine) -> dict[str, float]:
@@ -153,7 +157,7 @@ class Pieces:
 
 @torch.no_grad()
 def load(checkpoint: Path, manifest: Manifest, engine: Engine, seed: int) -> dict[str, Any]:
-    """Put a checkpoint's state into the engine and return what `save` was given. Collective.
+    """Put a checkpoint's state into the engine and return the `state` it was saved with. Collective.
 
     With the world size it was saved at, random state is restored too; otherwise dropout is seeded anew from (seed,
     step, rank). ValueError, on every rank, if parameters differ in name or shape.

@@ -5,10 +5,12 @@
         manifest.json           every file's size, SHA-256 and contents; counters and data state
         rank-00000.safetensors  one per rank
       latest                    the newest one's name: a hint for people, never read by the program
-      .tmp-step-00000300/       a save that did not finish; never a candidate
+      .tmp-step-00000300-5ae1/  a save that did not finish; never a candidate
 
 DeepSpeed's own `latest` is written before the other ranks are known to have finished, and is not synced; a rank killed
 in the middle of a save then leaves a run that cannot start. Nothing here is pickled.
+
+Ranks write their files each on their own; when all have (mmpt/engine/saver.py sees to that), rank 0 alone publishes.
 """
 
 import hashlib
@@ -22,6 +24,7 @@ from typing import Any
 from mmpt import dist
 
 FORMAT = 1
+CHUNK_BYTES = 1 << 24  # written and digested at a time
 
 
 @dataclass(frozen=True)
@@ -70,45 +73,94 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def publish(folder: Path, step: int, rank_data: bytes, contents: list[tuple], manifest: dict[str, Any]) -> Path:
-    """Write every rank's data and make the whole visible at once, or not at all. Collective.
+def temporary_of(folder: Path, step: int, token: str) -> Path:
+    """Where a checkpoint is written before it is one. token: of this attempt, lest a rank that an earlier attempt left
+    behind writes into it."""
+    return folder / f".tmp-{step_name(step)}-{token}"
 
-    `manifest` holds the fields of Manifest but for `files`. Raises OSError on every rank if any rank could not write;
-    the unfinished directory is removed and older checkpoints are untouched.
-    """
-    final, temporary = folder / step_name(step), folder / f".tmp-{step_name(step)}"
-    if dist.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (temporary, final):  # `final` exists only if it was rejected as damaged, or is being redone
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir()
-    dist.barrier()
-    name, failure = f"rank-{dist.rank():05d}.safetensors", ""
+
+def write_part(
+    temporary: Path, rank: int, data: memoryview, contents: list[tuple], moments: list[str], optimizer_step: int
+) -> None:
+    """One rank's values, and beside them what the manifest will say of them. OSError that names the file."""
+    path, digest = temporary / f"rank-{rank:05d}.safetensors", hashlib.sha256()
     try:
-        write_synced(temporary / name, rank_data)
+        temporary.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb", buffering=0) as file:
+            for start in range(0, len(data), CHUNK_BYTES):
+                chunk = data[start : start + CHUNK_BYTES]
+                _write_all(file, chunk)
+                digest.update(chunk)
+            os.fsync(file.fileno())
+        saved = SavedFile(path.name, len(data), digest.hexdigest(), tuple(map(tuple, contents)))
+        part = {"file": asdict(saved), "moments": moments, "optimizer_step": optimizer_step}
+        path = _part_path(temporary, rank)
+        write_synced(path, json.dumps(part).encode())
     except OSError as error:
-        failure = f"rank {dist.rank()}: {error.strerror} ({temporary / name})"
-    saved = SavedFile(name, len(rank_data), hashlib.sha256(rank_data).hexdigest(), tuple(map(tuple, contents)))
-    reports = dist.gather_objects((failure, saved))
-    failures = [text for text, _ in reports if text]
-    if dist.rank() == 0 and not failures:
-        try:
-            whole = Manifest(**manifest, files=tuple(file for _, file in reports))
-            text = json.dumps({"format": FORMAT, **asdict(whole)})
-            write_synced(temporary / "manifest.json", text.encode())
-            sync_directory(temporary)
-            os.rename(temporary, final)
-            sync_directory(folder)
-            write_synced(folder / ".latest", step_name(step).encode())
-            os.replace(folder / ".latest", folder / "latest")
-        except OSError as error:
-            failures = [f"rank 0: {error.strerror} ({temporary})"]
-    failures = dist.broadcast_object(failures)
-    if failures:
-        if dist.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"checkpoint of step {step} was not saved: {'; '.join(failures)}")
-    return final
+        raise OSError(f"rank {rank}: {error.strerror} ({path})") from error
+
+
+def publish(folder: Path, step: int, token: str, fields: dict[str, Any]) -> tuple[Path, int]:
+    """Make a checkpoint of which every rank has written its part visible at once. Rank 0 alone calls it.
+
+    fields: those of Manifest that are alike on all ranks. Returns where it is and the bytes of all ranks' files.
+    OSError if it cannot be done; older ones are untouched.
+    """
+    temporary, final = temporary_of(folder, step, token), folder / step_name(step)
+    try:
+        parts = [json.loads(_part_path(temporary, rank).read_bytes()) for rank in range(fields["world_size"])]
+        manifest = Manifest(
+            **fields,
+            optimizer_step=max(part["optimizer_step"] for part in parts),
+            moments=tuple(sorted({moment for part in parts for moment in part["moments"]})),
+            files=tuple(SavedFile(**part["file"]) for part in parts),
+        )
+        write_manifest(temporary, manifest)
+        for rank in range(len(parts)):
+            _part_path(temporary, rank).unlink()
+        sync_directory(temporary)
+        if final.exists():  # it was rejected as damaged, or is being redone
+            remove(final)
+        os.rename(temporary, final)
+        sync_directory(folder)
+        write_synced(folder / ".latest", step_name(step).encode())
+        os.replace(folder / ".latest", folder / "latest")
+    except OSError as error:
+        raise OSError(f"rank 0: {error.strerror} ({temporary})") from error
+    return final, sum(file.bytes for file in manifest.files)
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    """An unbuffered file may take less than it is given, as on a disk that is nearly full."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def _part_path(temporary: Path, rank: int) -> Path:
+    return temporary / f"rank-{rank:05d}.json"
+
+
+def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
+    """Put the manifest in place at once, also where there is one."""
+    text = json.dumps({"format": FORMAT, **asdict(manifest)})
+    write_synced(checkpoint / ".manifest", text.encode())
+    os.replace(checkpoint / ".manifest", checkpoint / "manifest.json")
+    sync_directory(checkpoint)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a directory. It is renamed away first: an interrupted deletion never leaves half under its name."""
+    trash = checkpoint.with_name(f".trash-{checkpoint.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(checkpoint, trash)
+    shutil.rmtree(trash)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what an interrupted save or deletion left. Only where nobody is saving: rank 0, at the start."""
+    for pattern in (".tmp-*", ".trash-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -181,18 +233,13 @@ def newest_valid(folder: Path) -> tuple[Path, Manifest, list[str]] | None:
 
 
 def prune(folder: Path, keep_last: int, keep_every_steps: int, protect: Path | None = None) -> list[str]:
-    """Delete all but the newest `keep_last`, the multiples of `keep_every_steps` (0: none) and `protect`. Rank 0 only.
-
-    A directory is renamed away first, so that an interrupted deletion never leaves half a checkpoint under its name.
-    """
+    """Delete all but the newest `keep_last`, the multiples of `keep_every_steps` (0: none) and `protect`; returns their
+    names. Rank 0 only."""
     removed = []
     for checkpoint in sorted(folder.glob("step-*"), reverse=True)[max(1, keep_last) :]:
         step = int(checkpoint.name.removeprefix("step-"))
         if (keep_every_steps and step % keep_every_steps == 0) or checkpoint == protect:
             continue
-        trash = folder / f".trash-{checkpoint.name}"
-        shutil.rmtree(trash, ignore_errors=True)
-        os.rename(checkpoint, trash)
-        shutil.rmtree(trash)
+        remove(checkpoint)
         removed.append(checkpoint.name)
     return removed

@@ -1,29 +1,16 @@
 """Where a run starts: from its own newest valid checkpoint, from another run's weights, or from nothing."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from mmpt import dist
 from mmpt.engine.build import Engine
-from mmpt.engine.checkpoint import load, load_parameters, save
-from mmpt.engine.checkpoint_files import Manifest, damage, newest_valid, prune, read_manifest
-
-
-@dataclass
-class Progress:
-    """What a run remembers between steps, besides the engine. All ranks hold the same."""
-
-    step: int = 0
-    """Batches taken."""
-    applied_steps: int = 0
-    """Optimizer updates applied: `step` without the skipped ones. The learning rate follows this."""
-    data_state: int = 0
-    """The loader's integer: pairs delivered so far, over all ranks."""
-    data_fingerprint: str = ""
-    """The loader's word for which data, in which order, that integer speaks of."""
-    consecutive_skips: int = 0
+from mmpt.engine.checkpoint import load, load_parameters
+from mmpt.engine.checkpoint_files import Manifest, damage, newest_valid, read_manifest, remove_leftovers
+from mmpt.engine.progress import Progress
+from mmpt.engine.saver import Saver
 
 
 def checkpoints_of(run_dir: Path) -> Path:
@@ -46,17 +33,21 @@ def find_checkpoint(path: Path) -> tuple[Path, Manifest, list[str]]:
     return found
 
 
-def resume(run_dir: Path, engine: Engine, seed: int, init: str | None) -> tuple[Progress, list[str]]:
+def resume(run_dir: Path, saver: Saver, engine: Engine, seed: int, init: str | None) -> tuple[Progress, list[str]]:
     """Bring the engine to where the run stands, and say how in notes for the console. Collective.
 
     A new run publishes its step 0, so that from then on a run directory without a valid checkpoint is an error and
     never a silent fresh start.
     """
+    if dist.rank() == 0:
+        remove_leftovers(checkpoints_of(run_dir))
     found = newest_valid(checkpoints_of(run_dir))
     if found is not None:
         checkpoint, manifest, passed_over = found
         progress = Progress(**load(checkpoint, manifest, engine, seed))
         notes = [f"passed over {reason}" for reason in passed_over]
+        if manifest.world_size != dist.world_size():
+            notes.append(f"{manifest.world_size} ranks saved it, {dist.world_size()} go on: same samples, new dropout")
         return progress, [*notes, f"continuing from {checkpoint}"]
     if (run_dir / "metrics.jsonl").exists():
         raise ValueError(
@@ -71,13 +62,6 @@ def resume(run_dir: Path, engine: Engine, seed: int, init: str | None) -> tuple[
     # Weights were drawn alike on all ranks; dropout and stochastic depth should differ.
     torch.manual_seed(seed * 1_000_003 + dist.rank())
     progress = Progress()
-    checkpoint_now(run_dir, engine, progress, keep_last=1, keep_every_steps=0)
+    saver.start(progress.step, asdict(progress))
+    saver.finish()
     return progress, notes
-
-
-def checkpoint_now(run_dir: Path, engine: Engine, progress: Progress, keep_last: int, keep_every_steps: int) -> Path:
-    """Publish a checkpoint of this moment, then drop those that the retention no longer keeps. Collective."""
-    path = save(checkpoints_of(run_dir), engine, progress.step, asdict(progress))
-    if dist.rank() == 0:
-        prune(checkpoints_of(run_dir), keep_last, keep_every_steps, protect=path)
-    return path

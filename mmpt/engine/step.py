@@ -1,5 +1,7 @@
 """One training step: forward, backward, update, over as many micro-batches as memory asks for."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,27 +13,36 @@ from mmpt.engine.build import Engine, StepResult
 from mmpt.methods.method import Term, loss_of
 
 
-def train_step(engine: Engine, micro_batches: list[Batch], lr: float) -> tuple[StepResult, dict[str, Term]]:
+def train_step(
+    engine: Engine, micro_batches: list[Batch], lr: float, ballot: Sequence[float] = ()
+) -> tuple[StepResult, dict[str, Term]]:
     """One optimizer step on this rank's share of the global batch, given in micro-batches on the device.
 
-    Returns what the step did and the terms of the loss as local (sum, count), detached and still on the device.
+    Returns what the step did, with the ballot's numbers summed over ranks, and the terms of the loss as local (sum,
+    count), detached and still on the device. The ballot travels with the counts, and is read when the optimizer has
+    waited for the device anyway.
     """
-    totals = total_counts(engine, micro_batches)
+    totals, heard = total_counts(engine, micro_batches, ballot)
     if len(micro_batches) > 1 and engine.method.couples_pairs:
         terms = _cached_backward(engine, micro_batches, totals)
     else:
         terms = _plain_backward(engine, micro_batches, totals)
     result = engine.step(lr)
+    ballot = tuple(heard.tolist())
     engine.settle(result.applied)
-    return result, terms
+    return replace(result, ballot=ballot), terms
 
 
-def total_counts(engine: Engine, micro_batches: list[Batch]) -> dict[str, Tensor]:
-    """The divisor of each term: its count over all ranks and micro-batches, known before the first backward."""
+def total_counts(
+    engine: Engine, micro_batches: list[Batch], ballot: Sequence[float] = ()
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The divisor of each term: its count over all ranks and micro-batches, known before the first backward; and the
+    ballot, summed."""
     counts = [engine.method.counts(batch) for batch in micro_batches]
     names = sorted(counts[0])
-    local = torch.tensor([sum(count[name] for count in counts) for name in names], dtype=torch.float32)
-    return dict(zip(names, dist.sum_over_ranks(local.to(engine.device)), strict=True))
+    local = torch.tensor([*(sum(count[name] for count in counts) for name in names), *ballot], dtype=torch.float32)
+    summed = dist.sum_over_ranks(local.to(engine.device))
+    return dict(zip(names, summed, strict=False)), summed[len(names) :]
 
 
 def _plain_backward(engine: Engine, micro_batches: list[Batch], totals: dict[str, Tensor]) -> dict[str, Term]:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from mmpt import dist
 from mmpt.engine.build import Engine, EngineConfig, build
-from mmpt.engine.checkpoint import load, load_parameters, save, weights
+from mmpt.engine.checkpoint import load, load_parameters, weights
 from mmpt.engine.checkpoint_files import newest_valid
 from mmpt.engine.optim import OptimConfig
+from mmpt.engine.saver import save
 from mmpt.engine.step import train_step
 from tests.engine.test_zero import whole_parameters
 from tests.engine.toy import batches, toy
