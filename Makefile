@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export DS_ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test slurm check bench clean
 
 install: .venv/installed
 
@@ -23,8 +23,18 @@ demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators 2 mmpt/train.py --recipe filip.demo
 	$(BIN)/mmpt report runs/demo --title "FILIP on drawn scenes"
 
-test: install
+test: install slurm
 	$(BIN)/python -m pytest
+
+# A SLURM of our own for tests/slurm, from Debian's packages where they may be installed; without them those tests are
+# skipped by name.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+slurm:
+	@if ! PATH="$$PATH:/usr/sbin" sh -c 'command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged' > /dev/null \
+	    && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES)) > /dev/null 2>&1 \
+	        || echo "$(SLURM_PACKAGES): not installed; tests/slurm will be skipped"; \
+	fi
 
 # A few minutes, for daily use: format, lint, types, and the tests that need no second process.
 check: install

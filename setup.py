@@ -44,5 +44,11 @@ setup(
             'triton; platform_system == "Linux" and platform_machine == "x86_64"',
         ]
     },
-    entry_points={"console_scripts": ["mmpt=mmpt.cli:main", "mmpt-data=data_tools.__main__:main"]},
+    entry_points={
+        "console_scripts": [
+            "mmpt=mmpt.cli:main",
+            "mmpt-data=data_tools.__main__:main",
+            "mmpt-launch=launcher.__main__:main",
+        ]
+    },
 )

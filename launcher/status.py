@@ -1,0 +1,184 @@
+"""`mmpt-launch status`: what every run under a folder is doing, read from the files in its directory."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from launcher.living import LIVE_STATES, STALE_SECONDS, supervisor
+from launcher.progress import (
+    heartbeat,
+    last_event,
+    last_record,
+    newest_checkpoint,
+    reached_step,
+    recipe_numbers,
+    restarts,
+)
+from launcher.record import LAUNCH, Attempt, Launch, read_attempts, read_launch
+
+COLOURS = {
+    "running": "green", "finished": "blue", "queued": "cyan", "starting": "cyan", "restarting": "cyan",
+    "stopped": "yellow", "stale": "bold red", "failed": "bold red", "dead": "bold red", "unknown": "magenta",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. None: unknown."""
+
+    name: str
+    dir: Path
+    job: str
+    state: str
+    """running; queued, starting, restarting; finished, stopped, failed; stale: it should run but its heartbeat is old;
+    dead: nobody runs it and nobody said why."""
+    step: int
+    total_steps: int | None
+    samples_per_second: float | None
+    loss: float | None
+    seconds_left: float | None
+    checkpoint_age_seconds: float | None
+    restarts: int
+    note: str
+    """Why it is in this state."""
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Directories with launch.json or recipe.yaml, the folder itself, its children or theirs (a sweep's)."""
+    places = [folder, *folder.glob("*/"), *folder.glob("*/*/")]
+    return sorted({p for p in places if (p / LAUNCH).is_file() or (p / "recipe.yaml").is_file()})
+
+
+def rows(folder: Path, queue: Mapping[str, tuple[str, str]], now: float) -> list[Row]:
+    """One row for each run, in the order of their names. `queue`: squeue's answer for their jobs."""
+    return [row_of(path, folder, queue, now) for path in find_runs(folder)]
+
+
+def row_of(path: Path, folder: Path, queue: Mapping[str, tuple[str, str]], now: float) -> Row:
+    launch, damage = launch_of(path)
+    total, batch = recipe_numbers(path)
+    record, step = last_record(path), reached_step(path)
+    speed = _number(record.get("samples_per_second"))
+    _, saved = newest_checkpoint(path)
+    state, note = state_of(path, launch, queue.get(launch.job) if launch else None, now)
+    note = damage or note
+    if state == "finished" and total is not None and step < total:
+        state, note = "stopped", note or "where run.stop_at_step said"
+    left = None
+    if state == "running" and speed and total is not None and batch is not None:
+        left = max(0, total - step) * batch / speed
+    return Row(
+        str(path.relative_to(folder)) if path != folder else path.name, path, launch.job if launch else "", state, step,
+        total, speed if state == "running" else None, _number(record.get("loss")), left,
+        None if saved is None else max(0.0, now - saved), restarts(path), note,
+    )  # fmt: skip
+
+
+def launch_of(path: Path) -> tuple[Launch | None, str]:
+    """The launch, or none and what is wrong with its file."""
+    try:
+        return (read_launch(path) if (path / LAUNCH).is_file() else None), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def state_of(path: Path, launch: Launch | None, queued: tuple[str, str] | None, now: float) -> tuple[str, str]:
+    """(state, note), from whichever of heartbeat, events, attempts and queue spoke last."""
+    beat, event = heartbeat(path), last_event(path)
+    attempts = read_attempts(path) if launch else []
+    since = launch.submitted if launch else 0.0
+    age = now - float(beat.get("time", 0.0))
+    ended = attempts[-1] if attempts and attempts[-1].time >= max(since, float(beat.get("time", 0.0))) else None
+    if ended and ended.action in ("finished", "stopped", "failed"):
+        return ended.action, ended.reason
+    if event.get("event") == "finish":
+        return "finished", ""
+    if queued and queued[0] in LIVE_STATES and queued[0] != "RUNNING":
+        why = queued[1] if queued[1] not in ("", "None") else queued[0].lower()
+        return ("restarting", _after(why, ended)) if attempts and attempts[-1].time >= since else ("queued", why)
+    if age < STALE_SECONDS and not ended:
+        phase = str(beat.get("phase", ""))
+        return "running", "" if phase in ("step", "train", "") else phase
+    living = bool(queued) or bool(launch and launch.executor == "local" and supervisor(launch))
+    if living and (ended or float(beat.get("time", 0.0)) < since):
+        return ("restarting", _after("", ended)) if ended else ("starting", "")
+    if beat:
+        words = f"last heartbeat {duration(age)} ago, in {beat.get('phase', 'an unknown phase')}"
+        return ("stale" if living else "dead"), words + ("" if living else _last_words(event))
+    if launch and launch.executor == "slurm" and not launch.job:
+        return "failed", "it was not submitted"
+    return ("unknown", "no heartbeat yet") if launch else ("unknown", "not started by the launcher")
+
+
+def _after(why: str, ended: Attempt | None) -> str:
+    return "; ".join(part for part in (ended.reason if ended else "", why) if part)
+
+
+def _last_words(event: Mapping[str, Any]) -> str:
+    return f"; last event: {event['event']}" if event else ""
+
+
+def table(found: Iterable[Row], title: str) -> Group:
+    """The numbers of every run, and below them why some are where they are."""
+    made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made.add_column("run", overflow="fold", min_width=8)
+    made.add_column("state", no_wrap=True)
+    for name in ("step", "samples/s", "loss", "left", "saved", "restarts"):
+        made.add_column(name, justify="right", no_wrap=True)
+    notes = []
+    for row in found:
+        step = f"{row.step:,}/{row.total_steps:,}" if row.total_steps else f"{row.step:,}"
+        made.add_row(
+            row.name, Text(row.state, COLOURS[row.state]), step, _shown(row.samples_per_second, ",.0f"),
+            _shown(row.loss, ".4f"), _age(row.seconds_left), _saved(row), str(row.restarts),
+        )  # fmt: skip
+        if row.note:
+            notes.append(Text.assemble((f"  {row.name}", COLOURS[row.state]), f": {row.note}"))
+    return Group(made, *notes)
+
+
+def line(row: Row) -> str:
+    """For scripts: tab-separated, units of the dataclass, empty for unknown."""
+    values = (
+        row.dir, row.state, row.job, row.step, row.total_steps, row.samples_per_second, row.loss, row.seconds_left,
+        row.checkpoint_age_seconds, row.restarts, row.note,
+    )  # fmt: skip
+    return "\t".join("" if value is None else str(value) for value in values)
+
+
+LINE_HEADER = (
+    "run\tstate\tjob\tstep\ttotal_steps\tsamples_per_second\tloss\tseconds_left\tcheckpoint_age_seconds\trestarts\twhy"
+)
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units."""
+    whole = int(seconds)
+    for size, unit, smaller, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit} {whole % size // smaller}{small}"
+    return f"{whole}s"
+
+
+def _age(seconds: float | None) -> str:
+    return "-" if seconds is None else duration(seconds)
+
+
+def _saved(row: Row) -> str:
+    """The age of the newest checkpoint while that says how much a crash would cost."""
+    ago = row.state in ("running", "stale", "restarting", "dead")
+    return duration(row.checkpoint_age_seconds) if ago and row.checkpoint_age_seconds is not None else "-"
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
