@@ -29,7 +29,9 @@ def shown(made: Plan, environment: Mapping[str, str]) -> str:
 
 
 def command(made: Plan, run: Run, code: Path) -> str:
-    return shlex.join([made.cluster.python or "python", "-u", str(code / "mmpt" / "train.py"), *run.arguments])
+    slurm_job = made.cluster.executor == "slurm"
+    arguments = slurm.rank_arguments(made.cluster, run.arguments) if slurm_job else run.arguments
+    return shlex.join(["python", "-u", str(code / "mmpt" / "train.py"), *arguments])
 
 
 def _inherited(environment: Mapping[str, str]) -> list[str]:

@@ -118,7 +118,7 @@ def sbatch_executor(made: Plan, code: Path) -> slurm.Executor:
 
 
 def _start_slurm(made: Plan, code: Snapshot) -> list[str]:
-    tasks = [SlurmTask(str(code.train), run.arguments) for run in made.runs]
+    tasks = [SlurmTask(str(code.train), slurm.rank_arguments(made.cluster, run.arguments)) for run in made.runs]
     return slurm.submit(sbatch_executor(made, code.folder), tasks)
 
 

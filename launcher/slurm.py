@@ -14,10 +14,15 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from launcher.cluster import Cluster, minutes
+from launcher.plan import value_of
 from launcher.task import SlurmTask
 
 WAIT_AFTER_FIRST_SECONDS = 300
 """Ranks that finish leave together; one that does not is ended after this."""
+DEADLINE = "MMPT_DEADLINE"
+"""Unix seconds at which the job is over; train.py saves and leaves in time."""
+GRACE_FLAG = "--run.grace_seconds"
+"""Of train.py: what fits between the signal to save and the end."""
 
 
 class Executor(submitit.SlurmExecutor):
@@ -54,7 +59,7 @@ def executor(
     made.update_parameters(
         job_name=name, **resources, **optional, signal_delay_s=cluster.grace_seconds, stderr_to_stdout=True, wckey=None,
         array_parallelism=cluster.parallel_sweep_jobs, srun_args=[*srun, *cluster.srun],
-        additional_parameters=further_options(cluster, directory), setup=setup_lines(cluster, folder, code),
+        additional_parameters=further_options(cluster, directory), setup=setup_lines(cluster, folder, code, python),
         teardown=teardown_lines(folder, python),
     )  # fmt: skip
     return made
@@ -71,13 +76,20 @@ def further_options(cluster: Cluster, directory: Path) -> dict[str, str | int | 
     return options | cluster.sbatch
 
 
-def setup_lines(cluster: Cluster, folder: Path, code: Path) -> list[str]:
+def rank_arguments(cluster: Cluster, arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """train.py's, told how long it has to save."""
+    given = value_of(arguments, GRACE_FLAG) is not None
+    return arguments if given else (*arguments, GRACE_FLAG, str(cluster.grace_seconds))
+
+
+def setup_lines(cluster: Cluster, folder: Path, code: Path, python: str) -> list[str]:
     """Before srun, on the first node. The last line keeps what srun says of its tasks for `launcher.after`."""
     return [
         "trap : TERM  # the ranks save; this shell decides afterwards",
         *cluster.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(cluster.environment.items())),
         f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        f"export {DEADLINE}=$({python} -m launcher.deadline)",
         f'messages={shlex.quote(str(folder / "logs"))}/"$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}.srun"',
         'exec 2> "$messages"',
     ]

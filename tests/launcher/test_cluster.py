@@ -108,3 +108,12 @@ def test_every_single_value_has_a_flag() -> None:
 def test_bad_flags_are_named(changes: dict[str, str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         changed(from_values(LEAST), changes)
+
+
+def test_the_documentation_explains_every_key_with_its_default() -> None:
+    page = (ROOT / "docs/cluster.md").read_text().partition("## Every knob")[2].partition("Of the launch")[0]
+    rows = {name: line for line in page.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line)}
+    for field in fields(Cluster):
+        assert field.name in rows, field.name
+        if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+            assert rows[field.name].split("|")[2].strip() == str(field.default), rows[field.name]

@@ -111,7 +111,7 @@ class Slurm:
         self._processes[node].kill()
         self._processes[node].wait()
         mark = f"SLURMD_NODENAME={node}".encode()
-        _kill([*self._step_daemons(node), *(pid for pid, variables in self._ours() if mark in variables)])
+        _kill([*self._step_daemons(node), *(pid for pid, variables in self.processes() if mark in variables)])
 
     def stop(self) -> None:
         """End every process. AssertionError if one is left."""
@@ -122,7 +122,7 @@ class Slurm:
             process.kill()
             process.wait()
         deadline = time.monotonic() + 10
-        while (left := [*self._step_daemons(), *(pid for pid, _ in self._ours())]) and time.monotonic() < deadline:
+        while (left := [*self._step_daemons(), *(pid for pid, _ in self.processes())]) and time.monotonic() < deadline:
             _kill(left)
             time.sleep(0.05)
         assert not left, f"processes {left} could not be ended"
@@ -138,10 +138,10 @@ class Slurm:
     def _hurry(self) -> None:
         """SLURM lets a requeued job wait for two minutes; here it need not."""
         while not self._stopping.wait(0.3):
-            waiting = self.call("squeue", "-h", "-r", "-t", "PD", "-o", "%i %r", check=False)
-            for line in waiting.splitlines():
-                if line.endswith(" BeginTime"):
-                    self.call("scontrol", "update", f"JobId={line.split()[0]}", "StartTime=now", check=False)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                for line in self.call("squeue", "-h", "-r", "-t", "PD", "-o", "%i %r", check=False).splitlines():
+                    if line.endswith(" BeginTime"):
+                        self.call("scontrol", "update", f"JobId={line.split()[0]}", "StartTime=now", check=False)
 
     def _start_munge(self) -> None:
         folder = self.folder / "munge"
@@ -173,7 +173,7 @@ class Slurm:
         logs = "".join(f"\n{p.name}:\n{p.read_text()[-1500:]}" for p in sorted(self.folder.glob("*.out")))
         raise RuntimeError(f"the nodes are not idle but {states!r}{logs}")
 
-    def _ours(self) -> list[tuple[int, list[bytes]]]:
+    def processes(self) -> list[tuple[int, list[bytes]]]:
         """(process id, environment) of every process that has our SLURM_CONF, besides this one."""
         mark, found = f"SLURM_CONF={self.conf}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
