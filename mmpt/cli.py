@@ -4,6 +4,9 @@
     mmpt eval RUN_DIR --task retrieval:SHARDS                zero-shot classification, retrieval, scenes
     mmpt plan --recipe filip.vit_l14 --gpus 64               memory and FLOPs per device, before anything runs
     mmpt report RUN_DIR                                      RUN_DIR/report.html, and its tables here
+    mmpt import SRC OUT --as clip.vit_b32                    foreign weights as a run, for --run.init and eval
+    mmpt export RUN_DIR OUT --to hf                          a run's weights for transformers, open_clip, ...
+    mmpt from-open-clip "COMMAND LINE"                       the same run as flags of a recipe
 
 `deepspeed --num_accelerators 8 --module mmpt.cli eval RUN_DIR ...` shares the evaluation among eight ranks.
 """
@@ -18,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from mmpt import cli_audit, cli_plan, config, dist, failure
-from mmpt.engine.checkpoint import weights
+from mmpt import cli_audit, cli_convert, cli_plan, config, dist, failure
 from mmpt.engine.resume import find_checkpoint
+from mmpt.engine.weights import load_weights
 from mmpt.evals.findings import find, text_table
 from mmpt.evals.report import write_report
 from mmpt.evals.suite import EvalConfig, evaluate
@@ -44,13 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli_audit.add_arguments(verbs.add_parser("audit", help="tell which samples a run has seen, and when"))
     verb = verbs.add_parser("plan", help="tell what a recipe will need on each device", allow_abbrev=False)
     cli_plan.add_arguments(verb)
+    for name, text in cli_convert.VERBS.items():
+        verbs.add_parser(name, help=text, add_help=False, prefix_chars="\0")  # it reads its own arguments
     parsed, flags = parser.parse_known_args(arguments)
-    if flags and parsed.verb != "plan":
+    if flags and parsed.verb not in ("plan", *cli_convert.VERBS):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     run = {"recipes": print_recipes, "eval": run_eval, "report": run_report, "audit": cli_audit.run}
     try:
         if parsed.verb == "plan":
             cli_plan.run(parsed, flags)
+        elif parsed.verb in cli_convert.VERBS:
+            cli_convert.run(parsed.verb, flags)
         else:
             run[parsed.verb](parsed)
     except (ValueError, OSError, RuntimeError) as error:
@@ -124,7 +131,7 @@ def load_run(path: Path, device: torch.device) -> tuple[Recipe, Method, int]:
     for reason in passed_over:
         print(f"passed over {reason}", file=sys.stderr)
     method = recipe.method.build()
-    method.load_state_dict(weights(checkpoint, manifest))
+    load_weights(checkpoint, manifest, method)
     return recipe, method.to(device).eval(), manifest.step
 
 

@@ -17,7 +17,8 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,22 @@ class Manifest:
     state: dict[str, Any]
     """What train.py keeps between steps: counters and the loader's integer."""
     files: tuple[SavedFile, ...]
+    origins: dict[str, str] = field(default_factory=dict)
+    """Of imported weights: which tensor came from where. Those it does not name have their initial values; a run's own
+    checkpoint names none."""
+
+
+def told_origins(manifest: Manifest) -> list[str]:
+    """Where imported weights came from, a line each, and how many of the model's tensors came from nowhere."""
+    if not manifest.origins:
+        return []
+    counts = Counter(manifest.origins.values())
+    initial = sorted(manifest.shapes.keys() - manifest.origins.keys())
+    lines = [f"  {count} tensors from {origin}" for origin, count in counts.items()]
+    if initial:
+        shown = ", ".join(initial[:4]) + (f", and {len(initial) - 4} more" if len(initial) > 4 else "")
+        lines.append(f"  {len(initial)} tensors with initial values, from no source: {shown}")
+    return lines
 
 
 def write_synced(path: Path, data: bytes) -> None:

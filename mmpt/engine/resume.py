@@ -8,7 +8,14 @@ import torch
 from mmpt import dist
 from mmpt.engine.build import Engine
 from mmpt.engine.checkpoint import load, load_parameters
-from mmpt.engine.checkpoint_files import Manifest, damage, newest_valid, read_manifest, remove_leftovers
+from mmpt.engine.checkpoint_files import (
+    Manifest,
+    damage,
+    newest_valid,
+    read_manifest,
+    remove_leftovers,
+    told_origins,
+)
 from mmpt.engine.progress import Progress
 from mmpt.engine.saver import Saver
 
@@ -48,7 +55,7 @@ def resume(run_dir: Path, saver: Saver, engine: Engine, seed: int, init: str | N
         notes = [f"passed over {reason}" for reason in passed_over]
         if manifest.world_size != dist.world_size():
             notes.append(f"{manifest.world_size} ranks saved it, {dist.world_size()} go on: same samples, new dropout")
-        return progress, [*notes, f"continuing from {checkpoint}"]
+        return progress, [*notes, f"continuing from {checkpoint}", *told_origins(manifest)]
     if (run_dir / "metrics.jsonl").exists():
         raise ValueError(
             f"{run_dir} has records of training but no checkpoint; move it away to start afresh, or restore "
@@ -59,6 +66,7 @@ def resume(run_dir: Path, saver: Saver, engine: Engine, seed: int, init: str | N
         checkpoint, manifest, passed_over = find_checkpoint(Path(init))
         load_parameters(checkpoint, manifest, engine)
         notes = [*(f"passed over {reason}" for reason in passed_over), *notes, f"weights from {checkpoint}"]
+        notes += told_origins(manifest)
     # Weights were drawn alike on all ranks; dropout and stochastic depth should differ.
     torch.manual_seed(seed * 1_000_003 + dist.rank())
     progress = Progress()

@@ -50,8 +50,8 @@ def pair() -> tuple[BertForMaskedLM, Masked]:
     theirs, ours = BertForMaskedLM(THEIRS).eval(), Masked().eval()
     shake(theirs)
     state = theirs.state_dict()
-    ours.text.load_state_dict(bert_weights(below(state, "bert."), DEPTH))
-    ours.words.load_state_dict(masked_word_weights(below(state, "cls.predictions.")))
+    ours.text.load_state_dict(bert_weights(below(state, "bert."), ours.text))
+    ours.words.load_state_dict(masked_word_weights(below(state, "cls.predictions."), ours.words))
     return theirs, ours
 
 
@@ -61,7 +61,7 @@ def test_bert_and_pooler() -> None:
     theirs, ours, pooler = BertModel(THEIRS).eval(), CONFIG.build().eval(), Pooler(WIDTH)
     shake(theirs)
     state = theirs.state_dict()
-    ours.load_state_dict(bert_weights(state, DEPTH))
+    ours.load_state_dict(bert_weights(state, ours))
     pooler.load_state_dict(below(state, "pooler."))
     ids, mask = padded(texts())
     expected = theirs(input_ids=ids, attention_mask=mask)
@@ -76,7 +76,7 @@ def test_embedding_alone_with_types() -> None:
     torch.manual_seed(0)
     theirs, ours = BertModel(THEIRS).eval(), CONFIG.build().eval()
     shake(theirs)
-    ours.load_state_dict(bert_weights(theirs.state_dict(), DEPTH))
+    ours.load_state_dict(bert_weights(theirs.state_dict(), ours))
     ids, mask = padded(texts())
     types = (torch.arange(ids.shape[1]) % 2).expand_as(ids)
     expected = theirs.embeddings(input_ids=ids, token_type_ids=types)[mask]
@@ -96,10 +96,10 @@ def test_masked_words_and_their_gradients() -> None:
     for logits in (found, expected):
         nn.functional.cross_entropy(logits, labels).backward()
     theirs_grads = {name: p.grad for name, p in theirs.named_parameters()}
-    wanted = bert_weights(below(theirs_grads, "bert."), DEPTH)  # type: ignore[arg-type]
+    wanted = bert_weights(below(theirs_grads, "bert."), ours.text)  # type: ignore[arg-type]
     for name, parameter in ours.text.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], **TOLERANCE)
-    wanted = masked_word_weights(below(theirs_grads, "cls.predictions."))  # type: ignore[arg-type]
+    wanted = masked_word_weights(below(theirs_grads, "cls.predictions."), ours.words)  # type: ignore[arg-type]
     for name in wanted:
         torch.testing.assert_close(ours.words.get_parameter(name).grad, wanted[name], **TOLERANCE)
 

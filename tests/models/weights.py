@@ -1,11 +1,21 @@
 """transformers' CLIP and SigLIP, small and random, and their weights under our names: the oracle of the towers."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
+from mmpt.convert import hf_bert, hf_clip, hf_siglip
+from mmpt.convert.format import Format
+from mmpt.convert.importing import take
+from mmpt.convert.reading import Source
+from mmpt.convert.rules import Rule, matches
+from mmpt.engine.weights import put, tensors_of
 from mmpt.methods.clip import CLIP
 from mmpt.methods.clip import CLIPConfig as OurCLIPConfig
+from mmpt.methods.method import Method
 from mmpt.methods.siglip import SigLIP
 from mmpt.methods.siglip import SigLIPConfig as OurSigLIPConfig
 from mmpt.models.dual_tower import DualTowerConfig
@@ -33,7 +43,7 @@ def clip_pair(activation: str) -> tuple[CLIPModel, CLIP]:
             ViTConfig(trunk, IMAGE_SIZE, PATCH), TextTransformerConfig(text_trunk, VOCABULARY, MAX_TOKENS), EMBED
         )
     ).build()
-    ours.load_state_dict(clip_weights(theirs.state_dict()))
+    give(ours, theirs.state_dict(), hf_clip.FORMAT)
     return theirs.eval(), ours.eval()
 
 
@@ -52,7 +62,7 @@ def siglip_pair() -> tuple[SiglipModel, SigLIP]:
         trunk, IMAGE_SIZE, PATCH, class_token=False, patch_bias=True, norm_before=False, mean=half, std=half
     )
     ours = OurSigLIPConfig(image, TextTransformerConfig(trunk, VOCABULARY, MAX_TOKENS, causal=False)).build()
-    ours.load_state_dict(siglip_weights(theirs.state_dict()))
+    give(ours, theirs.state_dict(), hf_siglip.FORMAT)
     return theirs.eval(), ours.eval()
 
 
@@ -64,91 +74,27 @@ def shake(model: torch.nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def clip_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    out = {
-        "logit_scale.log_scale": state["logit_scale"].view(1),
-        "towers.image_projection.weight": state["visual_projection.weight"],
-        "towers.text_projection.weight": state["text_projection.weight"],
-        "towers.image.embedding.class_embedding": state["vision_model.embeddings.class_embedding"],
+def give(method: Method, state: dict[str, Tensor], format: Format) -> None:
+    """A foreign state dict's weights into our method, all of them on both sides."""
+    put(method, take(Source(Path("state"), state, {}, {}), format, method, tensors_of(method), (), False).loaded)
+
+
+def bert_weights(state: dict[str, Tensor], ours: nn.Module) -> dict[str, Tensor]:
+    """What belongs to transformers' BertModel without its pooler, as ours is named."""
+    return renamed(hf_bert.rules(ours), state, ours)  # type: ignore[arg-type]
+
+
+def masked_word_weights(state: dict[str, Tensor], ours: nn.Module) -> dict[str, Tensor]:
+    """transformers' head of BertForMaskedLM, below `cls.predictions.`, without the decoder that it shares."""
+    return renamed(hf_bert.WORD_HEAD, state, ours)
+
+
+def renamed(rules: Iterable[Rule], state: dict[str, Tensor], ours: nn.Module) -> dict[str, Tensor]:
+    """Of a foreign state dict (of weights, of gradients), what the rules give to each of our tensors."""
+    return {
+        match.ours: match.rule.via.to_ours([state[name] for name in match.theirs])
+        for match in matches(rules, ours.state_dict())
     }
-    out |= tower(state, "vision_model", "towers.image") | tower(state, "text_model", "towers.text")
-    out |= norm(state, "vision_model.pre_layrnorm", "towers.image.ln_pre")
-    out |= norm(state, "vision_model.post_layernorm", "towers.image.ln_post")
-    return out | norm(state, "text_model.final_layer_norm", "towers.text.ln_final")
-
-
-def siglip_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    head, pooling = "vision_model.head", "image_pooling"
-    width = state[f"{head}.attention.in_proj_weight"].shape[1]
-    out = {
-        "logit_scale.log_scale": state["logit_scale"].view(1),
-        "logit_bias.bias": state["logit_bias"].view(1),
-        "image.embedding.patch.bias": state["vision_model.embeddings.patch_embedding.bias"],
-        f"{pooling}.query": state[f"{head}.probe"].view(1, width),
-    }
-    for kind in ("weight", "bias"):
-        query, rest = state[f"{head}.attention.in_proj_{kind}"].split([width, 2 * width])
-        out |= {f"{pooling}.q.{kind}": query, f"{pooling}.kv.{kind}": rest}
-        out[f"{pooling}.out.{kind}"] = state[f"{head}.attention.out_proj.{kind}"]
-        out[f"{pooling}.mlp_in.{kind}"] = state[f"{head}.mlp.fc1.{kind}"]
-        out[f"{pooling}.mlp_out.{kind}"] = state[f"{head}.mlp.fc2.{kind}"]
-        out[f"text_projection.{kind}"] = state[f"text_model.head.{kind}"]
-    out |= tower(state, "vision_model", "image") | tower(state, "text_model", "text")
-    out |= norm(state, f"{head}.layernorm", f"{pooling}.norm")
-    out |= norm(state, "vision_model.post_layernorm", "image.ln_post")
-    return out | norm(state, "text_model.final_layer_norm", "text.ln_final")
-
-
-def tower(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
-    """Embeddings and blocks of one tower."""
-    out = {f"{ours}.embedding.position_embedding": state[f"{theirs}.embeddings.position_embedding.weight"]}
-    if f"{theirs}.embeddings.token_embedding.weight" in state:
-        out[f"{ours}.embedding.token_embedding"] = state[f"{theirs}.embeddings.token_embedding.weight"]
-    else:
-        out[f"{ours}.embedding.patch.weight"] = state[f"{theirs}.embeddings.patch_embedding.weight"].flatten(1)
-    for i in range(3):
-        block, layer = f"{ours}.trunk.blocks.{i}", f"{theirs}.encoder.layers.{i}"
-        out |= norm(state, f"{layer}.layer_norm1", f"{block}.norm_1") | norm(
-            state, f"{layer}.layer_norm2", f"{block}.norm_2"
-        )
-        for kind in ("weight", "bias"):
-            parts = [state[f"{layer}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
-            out[f"{block}.qkv.{kind}"] = torch.cat(parts)
-            out[f"{block}.out.{kind}"] = state[f"{layer}.self_attn.out_proj.{kind}"]
-            out[f"{block}.mlp_in.{kind}"] = state[f"{layer}.mlp.fc1.{kind}"]
-            out[f"{block}.mlp_out.{kind}"] = state[f"{layer}.mlp.fc2.{kind}"]
-    return out
-
-
-def norm(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
-    return {f"{ours}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
-
-
-def bert_weights(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """transformers' BertModel without its pooler."""
-    embedding = {"token": "word", "position": "position", "type": "token_type"}
-    out = {
-        f"embedding.{ours}_embedding": state[f"embeddings.{theirs}_embeddings.weight"]
-        for ours, theirs in embedding.items()
-    }
-    out |= norm(state, "embeddings.LayerNorm", "embedding.norm")
-    for i in range(depth):
-        block, layer = f"trunk.blocks.{i}", f"encoder.layer.{i}"
-        out |= norm(state, f"{layer}.attention.output.LayerNorm", f"{block}.norm_1")
-        out |= norm(state, f"{layer}.output.LayerNorm", f"{block}.norm_2")
-        for kind in ("weight", "bias"):
-            parts = [state[f"{layer}.attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
-            out[f"{block}.qkv.{kind}"] = torch.cat(parts)
-            out[f"{block}.out.{kind}"] = state[f"{layer}.attention.output.dense.{kind}"]
-            out[f"{block}.mlp_in.{kind}"] = state[f"{layer}.intermediate.dense.{kind}"]
-            out[f"{block}.mlp_out.{kind}"] = state[f"{layer}.output.dense.{kind}"]
-    return out
-
-
-def masked_word_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' head of BertForMaskedLM, `cls.predictions`, without the decoder that it shares."""
-    out = {"bias": state["bias"]} | norm(state, "transform.LayerNorm", "transform.norm")
-    return out | {f"transform.dense.{kind}": state[f"transform.dense.{kind}"] for kind in ("weight", "bias")}
 
 
 def below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,52 @@
+"""`mmpt import`, `mmpt export` and `mmpt from-open-clip`: foreign checkpoints and command lines."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmpt import config
+from mmpt.convert import formats
+from mmpt.convert.import_run import detected, import_into
+from mmpt.convert.reading import read
+from mmpt.recipe import load
+
+VERBS = {
+    "import": "bring foreign weights into a run",
+    "export": "write a run's weights for other code",
+    "from-open-clip": "translate a command line of open_clip",
+}
+
+
+def run(verb: str, arguments: Sequence[str]) -> None:
+    """ValueError, in one line, for whatever does not fit."""
+    {"import": run_import}[verb](arguments)
+
+
+def run_import(arguments: Sequence[str]) -> None:
+    """Print what was loaded, resized and left. ValueError where it does not fit."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--as", dest="recipe")
+    recipe_name = first.parse_known_args(list(arguments))[0].recipe
+    parser = argparse.ArgumentParser(
+        "mmpt import", description="Foreign weights become a run directory for --run.init and `mmpt eval`.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("source", type=Path, metavar="SRC", help="a file of weights, or a folder of transformers' kind")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the run directory; several imports into one add up")
+    parser.add_argument("--as", dest="recipe", required=True, metavar="NAME", help="a recipe; its flags may follow")
+    parser.add_argument("--format", choices=formats.names(), help="the source's format [found by its names]")
+    parser.add_argument(
+        "--part", action="append", default=[], metavar="MODULE",
+        help="fill only this module of the model, such as image or text; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--partial", action="store_true", help="what one side has and the other lacks stays as it is")
+    parser.add_argument("--keep-settings", action="store_true", help="the recipe's settings stay where they differ")
+    if recipe_name is not None:
+        config.add_flags(parser, load(recipe_name))
+    parsed = parser.parse_args(list(arguments))
+    changes = {path: text for path, text in vars(parsed).items() if "." in path}
+    recipe = config.override(load(parsed.recipe), changes | {"run.dir": str(parsed.out)})
+    source = read(parsed.source)
+    format = detected(source, parsed.format)
+    account = import_into(parsed.out, recipe, source, format, tuple(parsed.part), parsed.partial, parsed.keep_settings)
+    print("\n".join([*account, f"ready for --run.init {parsed.out}"]))

@@ -1,0 +1,70 @@
+"""A checkpoint of weights alone, without an engine: `mmpt import` writes it, `--run.init` and `mmpt eval` read it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from mmpt.engine.checkpoint import Pieces, weights
+from mmpt.engine.checkpoint_files import Manifest, publish
+from mmpt.methods.method import Method
+
+TEACHER = "teacher:"
+"""Before the names of a momentum copy's tensors."""
+
+
+def tensors_of(method: Method) -> dict[str, Tensor]:
+    """Parameters and buffers of a method, and those of its momentum copy under names that begin with `teacher:`."""
+    teacher = {} if method.teacher is None else method.teacher.state_dict()
+    return method.state_dict() | {TEACHER + name: value for name, value in teacher.items()}
+
+
+@torch.no_grad()
+def put(method: Method, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors, named as `tensors_of` names them, into a method."""
+    ours = tensors_of(method)
+    for name, value in tensors.items():
+        ours[name].copy_(value)
+
+
+def publish_weights(folder: Path, method: Method, origins: dict[str, str], state: dict[str, Any]) -> Path:
+    """Publish a method's tensors as the checkpoint of step 0; returns its directory. OSError if it cannot be written.
+
+    origins: which tensor came from where; those it does not name have their initial values. state: what train.py keeps
+    between steps.
+    """
+    parameters, taught = dict(method.named_parameters()), _taught(method)
+    tensors: dict[str, Tensor] = {}
+    contents: list[tuple[str, str, int, int]] = []
+    for name, value in tensors_of(method).items():
+        plain = name.removeprefix(TEACHER)
+        kind = "teacher" if plain != name else "master" if name in parameters else "buffer"
+        if kind == "teacher" and plain not in taught:
+            continue  # buffers of a copy follow no step
+        tensors[f"{kind}|{plain}|0"] = value.detach().flatten().cpu().clone()
+        contents.append((kind, plain, 0, value.numel()))
+    manifest = {
+        "step": 0, "world_size": 0, "zero_stage": 0, "precision": "fp32", "optimizer_step": 0, "moments": (),
+        "shapes": {name: tuple(value.shape) for name, value in method.state_dict().items()},
+        "loss_scaler": {}, "state": state, "origins": origins,
+    }  # fmt: skip
+    return publish(folder, 0, to_safetensors(tensors), contents, manifest)
+
+
+def load_weights(checkpoint: Path, manifest: Manifest, method: Method) -> None:
+    """A checkpoint's parameters, buffers and momentum copy into a method that no engine has. Where the checkpoint has
+    no copy, it becomes equal to what it copies."""
+    method.load_state_dict(weights(checkpoint, manifest))
+    pieces, taught = Pieces(checkpoint, manifest), _taught(method)
+    saved = pieces.names("teacher")
+    student = method.get_submodule(method.student).state_dict() if taught else {}
+    with torch.no_grad():
+        for name, parameter in taught.items():
+            values = pieces.read("teacher", name, 0, parameter.numel()) if saved else student[name].flatten()
+            parameter.copy_(values.view(parameter.shape))
+
+
+def _taught(method: Method) -> dict[str, Tensor]:
+    return {} if method.teacher is None else dict(method.teacher.named_parameters())
