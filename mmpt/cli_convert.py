@@ -19,7 +19,7 @@ VERBS = {
 
 def run(verb: str, arguments: Sequence[str]) -> None:
     """ValueError, in one line, for whatever does not fit."""
-    {"import": run_import}[verb](arguments)
+    {"import": run_import, "export": run_export}[verb](arguments)
 
 
 def run_import(arguments: Sequence[str]) -> None:
@@ -50,3 +50,21 @@ def run_import(arguments: Sequence[str]) -> None:
     format = detected(source, parsed.format)
     account = import_into(parsed.out, recipe, source, format, tuple(parsed.part), parsed.partial, parsed.keep_settings)
     print("\n".join([*account, f"ready for --run.init {parsed.out}"]))
+
+
+def run_export(arguments: Sequence[str]) -> None:
+    """Write a run's weights for other code and print what to know. ValueError where they do not fit."""
+    from mmpt.convert.export_run import FOLDERS, export_run  # takes a second, and no other command needs it
+
+    parser = argparse.ArgumentParser("mmpt export", description="A run's newest weights for other code.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory, or one of its checkpoints")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a folder for hf and open_clip, else a file")
+    parser.add_argument(
+        "--to", required=True, choices=[*FOLDERS, *(name for name in formats.names() if name not in FOLDERS)],
+        help="hf: from_pretrained of transformers; open_clip: local-dir:OUT; others: the layout of that project",
+    )  # fmt: skip
+    parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer to write beside the weights [the recipe's]")
+    parser.add_argument("--partial", action="store_true", help="leave out what the other layout has no place for")
+    parsed = parser.parse_args(list(arguments))
+    print("\n".join([*export_run(parsed.run_dir, parsed.out, parsed.to, parsed.tokenizer, parsed.partial),
+                     f"written to {parsed.out}"]))  # fmt: skip

@@ -1,12 +1,32 @@
 """Every foreign format, and which of them a source is in."""
 
-from mmpt.convert import hf_bert, hf_clip, hf_siglip, hf_vit, openai_clip, timm_vit
+from mmpt.convert import (
+    albef,
+    chinese_clip,
+    declip,
+    hf_align,
+    hf_bert,
+    hf_clip,
+    hf_siglip,
+    hf_vilt,
+    hf_vit,
+    open_clip,
+    open_clip_siglip,
+    openai_clip,
+    slip,
+    timm_vit,
+    uniter,
+    vilt,
+    wukong,
+)  # fmt: skip
 from mmpt.convert.format import Format
 from mmpt.convert.reading import Source
 
-FORMATS: tuple[Format, ...] = tuple(
-    module.FORMAT for module in (openai_clip, hf_clip, hf_siglip, hf_bert, hf_vit, timm_vit)
-)
+MODULES = (
+    openai_clip, chinese_clip, declip, wukong, slip, open_clip_siglip, open_clip, hf_clip, hf_siglip, hf_align, hf_vilt,
+    albef, vilt, uniter, hf_bert, hf_vit, timm_vit,
+)  # fmt: skip
+FORMATS: tuple[Format, ...] = tuple(module.FORMAT for module in MODULES)
 """In the order in which they are asked whether a source is theirs."""
 
 

@@ -7,22 +7,21 @@ from mmpt.convert.format import ACTIVATIONS, Format, fields
 from mmpt.convert.positions import DEIT
 from mmpt.convert.reading import Source
 from mmpt.convert.rules import Rule, at, pair, rule, under
+from mmpt.methods.albef import ALBEF
 from mmpt.methods.method import Method
+from mmpt.methods.uniter import UNITER
 from mmpt.models.bert import Bert, BertEmbedding
 from mmpt.models.fusion import Fusion
-from mmpt.models.heads import MaskedWordHead, Pooler
+from mmpt.models.heads import MaskedWordHead
 
 OLD_NORMS = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
-BERT_EMBEDDING = under(
-    (
-        *rule("word_embeddings.weight", "token_embedding"),
-        *rule("position_embeddings.weight", "position_embedding", resize="rows"),
-        *rule("token_type_embeddings.weight", "type_embedding"),
-        *pair("LayerNorm", "norm"),
-    ),
-    "embeddings.",
-    "",
+EMBEDDING = (
+    *rule("word_embeddings.weight", "token_embedding"),
+    *rule("position_embeddings.weight", "position_embedding", resize="rows"),
+    *rule("token_type_embeddings.weight", "type_embedding"),
+    *pair("LayerNorm", "norm"),
 )
+BERT_EMBEDDING = under(EMBEDDING, "embeddings.", "")
 BLOCK = (
     *pair(("attention.self.query", "attention.self.key", "attention.self.value"), "qkv"),
     *pair("attention.output.dense", "out"),
@@ -34,7 +33,8 @@ BLOCK = (
 LAYER = "encoder.layer.{n}."
 BERT_BLOCKS = under(BLOCK, LAYER, "trunk.blocks.{n}.")
 HEAD_TRANSFORM = (*pair("transform.dense", "transform.dense"), *pair("transform.LayerNorm", "transform.norm"))
-WORD_HEAD = (*HEAD_TRANSFORM, *rule("bias", "bias"), *rule("decoder.weight", "decoder"))
+WORD_HEAD = (*HEAD_TRANSFORM, *rule("bias", "bias"))
+"""Of a head whose decoder is the token embedding."""
 
 
 def depth_of_text(method: Method) -> int:
@@ -43,13 +43,16 @@ def depth_of_text(method: Method) -> int:
 
 
 def rules(method: Method) -> tuple[Rule, ...]:
-    return (
+    found = (
         *at(method, BertEmbedding, BERT_EMBEDDING),
         *at(method, Bert, BERT_BLOCKS),
         *at(method, Fusion, under(BLOCK, LAYER, "blocks.{n}."), shift=depth_of_text(method)),
-        *at(method, Pooler, pair("pooler.dense", "dense")),
-        *at(method, MaskedWordHead, WORD_HEAD, "cls.predictions."),
     )
+    if isinstance(method, UNITER):
+        found += (*under(BLOCK, LAYER, "trunk.blocks.{n}."), *pair("pooler.dense", "pooler.dense"))
+    if isinstance(method, UNITER | ALBEF):
+        found += at(method, MaskedWordHead, WORD_HEAD, "cls.predictions.")
+    return found
 
 
 def settings(source: Source, method: Method) -> dict[str, Any]:
@@ -60,7 +63,9 @@ def settings(source: Source, method: Method) -> dict[str, Any]:
         "embedding.norm_eps": config.get("layer_norm_eps"),
         "trunk.heads": config.get("num_attention_heads"),
     }
-    return fields(method, Bert, {name: value for name, value in told.items() if value is not None})
+    told = {name: value for name, value in told.items() if value is not None}
+    of_trunk = {name: value for name, value in told.items() if name.startswith("trunk.")}
+    return fields(method, Bert, told) | fields(method, Fusion, of_trunk)
 
 
 FORMAT = Format(

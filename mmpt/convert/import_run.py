@@ -62,6 +62,8 @@ def told(account: Account, source: Source, format: Format, parts: Sequence[str],
     lines += [f"  not taken {text}" for text in account.differing]
     if account.left:
         lines.append(f"  left      {len(account.left)} tensors of the source: {listed(account.left)}")
+    if unsaid := format.unsaid(source):
+        lines.append(f"  note      {unsaid}")
     if initial:
         lines.append(f"  initial   {len(initial)} tensors of the model come from no source: {listed(sorted(initial))}")
     return lines

@@ -15,6 +15,7 @@ from mmpt.convert.format import Format
 from mmpt.convert.positions import stretched_grid
 from mmpt.convert.reading import Source
 from mmpt.convert.rules import Match, matches
+from mmpt.engine.weights import TEACHER
 from mmpt.methods.method import Method
 
 SHOWN = 4
@@ -70,10 +71,21 @@ def take(
             used |= set(match.theirs)
             if match.ours in chosen:
                 _take_one(match, tensors, ours[match.ours], format, account)
+    account.loaded |= _twins(account.loaded, method, ours)
     account.missing = sorted(chosen - account.loaded.keys() - {text.split(" ")[0] for text in account.differing})
-    account.left = sorted(name for name in tensors.keys() - used if not re.fullmatch(format.unneeded, name))
+    account.left = unexpected(sorted(tensors.keys() - used), format.unneeded)
     _check(account, source, format, chosen, parts, partial)
     return account
+
+
+def _twins(loaded: dict[str, Tensor], method: Method, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For the momentum copy, what the source gives to the student alone: a copy begins as what it copies."""
+    prefix, twins = f"{method.student}.", dict[str, Tensor]()
+    for name, value in loaded.items():
+        twin = TEACHER + name.removeprefix(prefix)
+        if name.startswith(prefix) and twin in ours and twin not in loaded:
+            twins[twin] = value
+    return twins
 
 
 def _take_one(match: Match, tensors: dict[str, Tensor], ours: Tensor, format: Format, account: Account) -> None:
@@ -111,10 +123,10 @@ def _check(
             f"{source.path}: {listed(account.differing, '; ')}. Set the recipe's fields to the source's sizes; or keep "
             "the initial values there with --partial"
         )
-    if account.missing:
+    if missing := unexpected(account.missing, format.optional):
         raise ValueError(
-            f"{source.path} ({format.title}) lacks {len(account.missing)} of {len(chosen)} tensors {where}: "
-            f"{listed(account.missing)}. Choose the parts that it has with --part, or keep the initial values of the "
+            f"{source.path} ({format.title}) lacks {len(missing)} of {len(chosen)} tensors {where}: "
+            f"{listed(missing)}. Choose the parts that it has with --part, or keep the initial values of the "
             "rest with --partial"
         )
     if account.left:
@@ -122,6 +134,11 @@ def _check(
             f"{source.path} ({format.title}) holds {len(account.left)} tensors that the model has no place for: "
             f"{listed(account.left)}. Choose a recipe that has one, or leave them out with --partial"
         )
+
+
+def unexpected(names: Sequence[str], pattern: str) -> list[str]:
+    """Those that no regular expression excuses."""
+    return [name for name in names if not re.fullmatch(pattern, name)]
 
 
 def inside(name: str, parts: Sequence[str]) -> bool:

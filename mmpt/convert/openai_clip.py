@@ -1,4 +1,4 @@
-"""OpenAI's CLIP (github.com/openai/CLIP), vision transformers: the names that open_clip and many others took over.
+"""OpenAI's CLIP (github.com/openai/CLIP): the names that open_clip and many others took over.
 
 Its blocks use QuickGELU, its heads are 64 wide, and projections are stored transposed. The released .pt files are
 TorchScript programs, of which only the state dict is read.
@@ -6,7 +6,8 @@ TorchScript programs, of which only the state dict is read.
 
 from typing import Any
 
-from mmpt.convert.format import Format, fields
+from mmpt.convert import clip_resnet
+from mmpt.convert.format import Format, fields, heads_of
 from mmpt.convert.positions import OPEN_CLIP
 from mmpt.convert.reading import Source
 from mmpt.convert.rules import PATCHES, SCALAR, TRANSPOSED, Rule, at, pair, rule, under
@@ -14,6 +15,7 @@ from mmpt.methods.method import Method
 from mmpt.models.dual_tower import DualTower
 from mmpt.models.image import CLIP_MEAN, CLIP_STD, ViT
 from mmpt.models.logit_scale import LogitScale
+from mmpt.models.resnet import ResNet
 from mmpt.models.text import TextTransformer
 
 BLOCK = (
@@ -48,6 +50,7 @@ SCALE = rule("logit_scale", "log_scale", SCALAR)
 def rules(method: Method) -> tuple[Rule, ...]:
     return (
         *at(method, ViT, IMAGE, "visual."),
+        *clip_resnet.rules(method, "visual."),
         *at(method, TextTransformer, TEXT),
         *at(method, DualTower, (*IMAGE_PROJECTION, *TEXT_PROJECTION)),
         *at(method, LogitScale, SCALE),
@@ -55,16 +58,18 @@ def rules(method: Method) -> tuple[Rule, ...]:
 
 
 def image_settings(source: Source, method: Method) -> dict[str, Any]:
-    """Of a vision transformer in OpenAI's names and activation."""
+    """Of an image tower in OpenAI's names and activation."""
+    pixels = {"mean": CLIP_MEAN, "std": CLIP_STD}
+    if "visual.class_embedding" not in source.tensors:
+        return fields(method, ResNet, pixels | {"form": "modified", "pool": "attention"})
     width = len(source.tensors["visual.class_embedding"])
-    known = {"activation": "quick_gelu", "norm_eps": 1e-5} | ({"heads": width // 64} if width % 64 == 0 else {})
-    image = {f"trunk.{name}": value for name, value in known.items()}
-    return fields(method, ViT, image | {"norm_before": True, "patch_bias": False, "mean": CLIP_MEAN, "std": CLIP_STD})
+    blocks = {"trunk.activation": "quick_gelu", "trunk.norm_eps": 1e-5} | heads_of(width)
+    return fields(method, ViT, blocks | pixels | {"norm_before": True, "patch_bias": False})
 
 
 def text_settings(method: Method, width: int) -> dict[str, Any]:
     known = {"trunk.activation": "quick_gelu", "trunk.norm_eps": 1e-5, "causal": True}
-    return fields(method, TextTransformer, known | ({"trunk.heads": width // 64} if width % 64 == 0 else {}))
+    return fields(method, TextTransformer, known | heads_of(width))
 
 
 def settings(source: Source, method: Method) -> dict[str, Any]:
@@ -74,9 +79,9 @@ def settings(source: Source, method: Method) -> dict[str, Any]:
 FORMAT = Format(
     name="openai",
     title="OpenAI's CLIP",
-    recognises=lambda source: {"input_resolution", "visual.proj", "text_projection"} <= source.tensors.keys(),
+    recognises=lambda source: {"input_resolution", "visual.conv1.weight", "ln_final.weight"} <= source.tensors.keys(),
     rules=rules,
     stretch=OPEN_CLIP,
     settings=settings,
-    unneeded="input_resolution|context_length|vocab_size",
+    unneeded=rf"input_resolution|context_length|vocab_size|{clip_resnet.UNNEEDED}",
 )

@@ -44,7 +44,7 @@ def read(path: Path) -> Source:
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_file():
-        return Source(path, _without_module(_tensors(path)), {}, {})
+        return Source(path, without_module(_tensors(path)), {}, {})
     if (path / "recipe.yaml").exists() or (path / "manifest.json").exists():
         raise ValueError(f"{path} is a run of mmpt already: give it to --run.init or `mmpt eval` as it is")
     tensors: dict[str, Tensor] = {}
@@ -52,7 +52,7 @@ def read(path: Path) -> Source:
         tensors |= _tensors(file)
     config = next((_json(path / name) for name in CONFIGS if (path / name).is_file()), {})
     preprocessor = path / "preprocessor_config.json"
-    return Source(path, _without_module(tensors), config, _json(preprocessor) if preprocessor.is_file() else {})
+    return Source(path, without_module(tensors), config, _json(preprocessor) if preprocessor.is_file() else {})
 
 
 def _files(folder: Path) -> list[Path]:
@@ -149,5 +149,5 @@ def _first_words(error: Exception) -> str:
     return text if text and not text.startswith("Weights only") else type(error).__name__
 
 
-def _without_module(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_module(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in tensors.items()}

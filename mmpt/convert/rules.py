@@ -49,11 +49,6 @@ PATCHES = Via(
 )
 """A convolution [D, 3, S, S] over patches there, a linear map [D, 3 * S * S] here."""
 ONE_BEFORE, TWO_BEFORE = _leading(1), _leading(2)
-LOG_OF_INVERSE = Via(
-    lambda theirs: -theirs[0].double().log().reshape(1).float(),
-    lambda ours, _: [(-ours.double()).exp().reshape(()).float()],
-)
-"""A temperature that divides, without dimension, there; the log of what multiplies, [1], here."""
 SECOND_ROW = Via(
     lambda theirs: theirs[0][1], lambda ours, _: [torch.stack([torch.zeros_like(ours), ours])]
 )  # fmt: skip

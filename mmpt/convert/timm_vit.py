@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from mmpt.convert.format import Format, fields
+from mmpt.convert.format import Format, fields, heads_of
 from mmpt.convert.positions import DEIT
 from mmpt.convert.reading import Source
 from mmpt.convert.rules import ONE_BEFORE, PATCHES, TWO_BEFORE, Rule, at, pair, rule, under
 from mmpt.methods.method import Method
-from mmpt.models.image import ViT
+from mmpt.methods.vilt import ViLT
+from mmpt.models.image import PatchEmbedding, ViT
 
 BLOCK = (
     *pair("norm1", "norm_1"),
@@ -17,18 +18,24 @@ BLOCK = (
     *pair("mlp.fc1", "mlp_in"),
     *pair("mlp.fc2", "mlp_out"),
 )
+PATCH_EMBEDDING = (
+    *rule("patch_embed.proj.weight", "patch.weight", PATCHES),
+    *rule("patch_embed.proj.bias", "patch.bias"),
+    *rule("cls_token", "class_embedding", TWO_BEFORE),
+    *rule("pos_embed", "position_embedding", ONE_BEFORE, resize="grid"),
+)
+BLOCKS = under(BLOCK, "blocks.{n}.", "trunk.blocks.{n}.")
 IMAGE = (
-    *rule("patch_embed.proj.weight", "embedding.patch.weight", PATCHES),
-    *rule("patch_embed.proj.bias", "embedding.patch.bias"),
-    *rule("cls_token", "embedding.class_embedding", TWO_BEFORE),
-    *rule("pos_embed", "embedding.position_embedding", ONE_BEFORE, resize="grid"),
+    *under(PATCH_EMBEDDING, "", "embedding."),
     *pair("norm_pre", "ln_pre"),
-    *under(BLOCK, "blocks.{n}.", "trunk.blocks.{n}."),
+    *BLOCKS,
     *pair("norm", "ln_post"),
 )
 
 
 def rules(method: Method) -> tuple[Rule, ...]:
+    if isinstance(method, ViLT):  # begins as a vision transformer: patches, blocks and the norm after them
+        return (*at(method, PatchEmbedding, PATCH_EMBEDDING), *BLOCKS, *pair("norm", "norm"))
     return at(method, ViT, IMAGE)
 
 
@@ -41,7 +48,8 @@ def image_settings(method: Method, names: set[str], prefix: str, width: int) -> 
         "patch_bias": f"{prefix}patch_embed.proj.bias" in names,
         "class_token": f"{prefix}cls_token" in names,
     }
-    return fields(method, ViT, told | ({"trunk.heads": width // 64} if width % 64 == 0 else {}))
+    of_image = told | heads_of(width)
+    return fields(method, ViT, of_image) | fields(method, PatchEmbedding, of_image)
 
 
 def settings(source: Source, method: Method) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mmpt.ops.batch_norm import batch_norm
 from mmpt.ops.bounded import capped_exp
 from mmpt.ops.contrast.loss import ContrastConfig, contrast
 from mmpt.ops.late_interaction.op import WinnersPolicy, late_interaction
-from mmpt.ops.token_selection import drop_ends, keep_top_tokens
+from mmpt.ops.token_selection import drop_ends, keep_top_tokens, with_zero_pads, without_zero_pads
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,15 @@ class FILIPConfig:
     """Share of each sample's tokens that train: those with the highest similarity to any token of the other side."""
     scope: Literal["local", "global"] = "local"
     """Where a token's highest similarity is looked for: in this worker's batch, as published, or in all workers'."""
+    zero_pads: bool = False
+    """Patches may choose a pad of a text that is shorter than the longest allowed; its vector is zero, as in
+    Noah-Wukong's released models."""
 
     def __post_init__(self) -> None:
         if not 0 < self.token_keep_ratio <= 1:
             raise ValueError(f"token_keep_ratio is a share in (0, 1], got {self.token_keep_ratio}")
+        if self.zero_pads and (self.token_keep_ratio < 1 or not self.text_special_tokens):
+            raise ValueError("zero_pads is a released model's way: it goes with all tokens, special ones included")
 
     def inputs(self) -> InputSpec:
         return self.towers.inputs()
@@ -71,6 +76,8 @@ class FILIP(Method):
     def encode_text(self, ids: Tokens) -> Tokens:
         """A vector of length 1 per text token."""
         tokens = self.towers.text_tokens(ids)
+        if self.config.zero_pads:
+            return with_zero_pads(tokens, self.config.inputs().max_text_tokens)
         return tokens if self.config.text_special_tokens else drop_ends(tokens)
 
     def encode(self, batch: Batch) -> tuple[Tokens, Tokens]:
@@ -88,4 +95,5 @@ class FILIP(Method):
 
     def score(self, image: Tokens, text: Tokens) -> tuple[Tensor, Tensor]:
         """(s_i2t, s_t2i), [A, C] each, of every image with every text."""
-        return late_interaction(image, text, self.config.winners)
+        i2t, t2i = late_interaction(image, text, self.config.winners)
+        return i2t, t2i * without_zero_pads(text) if self.config.zero_pads else t2i

@@ -21,7 +21,8 @@ class DualTowerConfig:
     """Width of the shared space: of CLIP's one vector, of each of FILIP's token vectors."""
     project_image: bool = True
     """Whether image features are projected; where not (ALIGN, CLIP's ResNets) they must be embed_dim wide."""
-
+    image_projection_bias: bool = False
+    """Whether the image projection has a bias (DeCLIP's FILIP)."""
     text_projection_bias: bool = False
     """Whether the text projection has a bias (ALIGN, as transformers has it: yes; CLIP: no)."""
 
@@ -48,7 +49,9 @@ class DualTower(nn.Module):
                 f"embed_dim is {config.embed_dim}, the image tower's width {image_width}, and nothing projects"
             )
         self.image, self.text = config.image.build(), config.text.build()
-        self.image_projection = _projection(image_width, config.embed_dim) if config.project_image else nn.Identity()
+        self.image_projection: nn.Module = nn.Identity()
+        if config.project_image:
+            self.image_projection = _projection(image_width, config.embed_dim, config.image_projection_bias)
         self.text_projection = _projection(text_width, config.embed_dim, config.text_projection_bias)
 
     def image_vector(self, pictures: Pictures) -> Tensor:

@@ -36,6 +36,8 @@ class ViTConfig:
     """Whether the patch projection has a bias (SigLIP: yes; CLIP: no)."""
     norm_before: bool = True
     """CLIP's layer norm between embedding and blocks."""
+    norm_after: bool = True
+    """Layer norm of what leaves the blocks (without it, the patches of DeCLIP's FILIP)."""
     patch_keep: float = 1.0
     """Share of patches kept in training (FLIP); all are kept in evaluation."""
     mean: tuple[float, float, float] = CLIP_MEAN
@@ -191,7 +193,7 @@ class ViT(ImageTower):
         width, eps = config.trunk.width, config.trunk.norm_eps
         self.ln_pre = nn.LayerNorm(width, eps) if config.norm_before else nn.Identity()
         self.trunk = Transformer(config.trunk)
-        self.ln_post = nn.LayerNorm(width, eps)
+        self.ln_post = nn.LayerNorm(width, eps) if config.norm_after else nn.Identity()
 
     def forward(self, pictures: Pictures) -> Tokens:
         tokens = self.embedding(pictures)

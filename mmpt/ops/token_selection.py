@@ -21,6 +21,23 @@ def drop_ends(tokens: Tokens) -> Tokens:
     return Tokens(tokens.x[inner], _offsets(kept), max(tokens.longest - 2, min(tokens.longest, 2)))
 
 
+def with_zero_pads(tokens: Tokens, max_tokens: int) -> Tokens:
+    """One zero vector more behind each sequence shorter than max_tokens, which none exceeds: what any number of pads
+    with the value zero adds to a maximum over tokens. Waits for the device."""
+    lengths = tokens.lengths()
+    offsets = _offsets(lengths + (lengths < max_tokens).to(lengths.dtype))
+    rows = offsets[tokens.sequence_index()].long() + tokens.position()
+    x = tokens.x.new_zeros(int(offsets[-1]), tokens.x.shape[1]).index_copy(0, rows, tokens.x)
+    return Tokens(x, offsets, min(tokens.longest + 1, max_tokens))
+
+
+def without_zero_pads(tokens: Tokens) -> Tensor:
+    """[B], what turns each sequence's mean over tokens into that over all but a zero vector at its end."""
+    last = tokens.x[tokens.offsets[1:].long() - 1]
+    lengths = tokens.lengths().float()
+    return lengths / (lengths - (last == 0).all(1).float()).clamp(min=1)
+
+
 @torch.no_grad()
 def token_maxima(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Each token's highest product with any token of the other side: [T_i, D], [T_t, D] -> [T_i], [T_t] in fp32."""
