@@ -8,7 +8,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from mmpt.engine.checkpoint import Pieces, weights
-from mmpt.engine.checkpoint_files import Manifest, publish
+from mmpt.engine.checkpoint_files import Manifest, publish, temporary_of, write_part
 from mmpt.methods.method import Method
 
 TEACHER = "teacher:"
@@ -45,12 +45,13 @@ def publish_weights(folder: Path, method: Method, origins: dict[str, str], state
             continue  # buffers of a copy follow no step
         tensors[f"{kind}|{plain}|0"] = value.detach().flatten().cpu().clone()
         contents.append((kind, plain, 0, value.numel()))
-    manifest = {
-        "step": 0, "world_size": 0, "zero_stage": 0, "precision": "fp32", "optimizer_step": 0, "moments": (),
-        "shapes": {name: tuple(value.shape) for name, value in method.state_dict().items()},
-        "loss_scaler": {}, "state": state, "origins": origins,
+    fields = {
+        "step": 0, "world_size": 1, "zero_stage": 0, "precision": "fp32", "loss_scaler": {}, "state": state,
+        "shapes": {name: tuple(value.shape) for name, value in method.state_dict().items()}, "origins": origins,
     }  # fmt: skip
-    return publish(folder, 0, to_safetensors(tensors), contents, manifest)
+    data = memoryview(to_safetensors(tensors))
+    write_part(temporary_of(folder, 0, "import"), 0, data, contents, moments=[], optimizer_step=0)
+    return publish(folder, 0, "import", fields)[0]
 
 
 def load_weights(checkpoint: Path, manifest: Manifest, method: Method) -> None:

@@ -32,7 +32,8 @@ def config(folder: Path, **changes: object) -> Path:
     values = {
         "executor": "slurm", "nodes": 2, "ranks_per_node": 1, "gpu_request": "''", "cpus_per_rank": 1,
         "memory_gb_per_node": "null", "exclusive": "false", "time": "'10'", "grace_seconds": 90,
-        "runs": folder / "runs", "max_excluded_share": 1.0, "environment": "{DS_ACCELERATOR: cpu, OMP_NUM_THREADS: '1', HF_HUB_OFFLINE: '1'}",
+        "runs": folder / "runs", "max_excluded_share": 1.0,
+        "environment": "{DS_ACCELERATOR: cpu, OMP_NUM_THREADS: '1', HF_HUB_OFFLINE: '1'}",
     } | changes  # fmt: skip
     path = folder / f"{'-'.join(['cluster', *map(str, changes.values())]).replace('/', '_')}.yaml"
     path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
