@@ -16,6 +16,7 @@ from typing import NoReturn
 import mmpt.recipes
 from mmpt import config, dist
 from mmpt.data.loader import DataConfig
+from mmpt.data.micro_batches import TokenBudget
 from mmpt.engine.build import EngineConfig
 from mmpt.engine.guard import GuardConfig
 from mmpt.engine.optim import OptimConfig
@@ -71,6 +72,11 @@ class Recipe:
             raise ValueError(f"run.global_batch={self.run.global_batch} cannot be shared by {world_size} ranks evenly")
         share = self.run.global_batch // world_size
         return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= self.engine.max_micro_batch)
+
+    def cut(self, world_size: int) -> int | TokenBudget:
+        """How a rank's share becomes micro-batches: into so many equal ones, or by a budget of tokens."""
+        parts, budget = self.micro_batches(world_size), self.engine.max_micro_batch_tokens
+        return parts if budget < 1 else TokenBudget(budget, self.method.inputs().kept_patches)
 
 
 MAY_CHANGE_ON_RESUME = (

@@ -75,7 +75,7 @@ def train(recipe: Recipe, guard: Guard) -> int:
     loader = build_loader(
         recipe.data, recipe.method.inputs(), run.seed, run.global_batch, dist.rank(), world_size, progress.data_state
     )
-    deliveries = DeviceLoader(loader, device, parts, overlap=device.type == "cuda")
+    deliveries = DeviceLoader(loader, device, recipe.cut(world_size), overlap=device.type == "cuda")
     writers = Writers(run_dir, progress.step, recipe.total_steps())
     with closing(deliveries), closing(writers), closing(saver):
         progress.same_data(loader.fingerprint, run_dir)

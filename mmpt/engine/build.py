@@ -27,6 +27,9 @@ class EngineConfig:
     """Compute precision; master weights and optimizer moments are fp32 in each."""
     max_micro_batch: int = 1024
     """Most pairs per device in one forward; a larger share of the batch is accumulated, keeping all its negatives."""
+    max_micro_batch_tokens: int = 0
+    """Most tokens, of texts and pictures together, per device in one forward; above 0 it takes the place of
+    max_micro_batch, for pairs that differ much in length (UNITER counts so)."""
     bucket_elements: int = 50_000_000
     """Elements per communication bucket of gradients and parameters."""
     keep_whole_elements: int = 100_000

@@ -21,7 +21,7 @@ CASED = 28_996
 """Word pieces of bert-base-cased."""
 
 
-def _published(size: Literal["base", "large"], global_batch: int, steps: int) -> Recipe:
+def _published(size: Literal["base", "large"], tokens: int, global_batch: int, steps: int) -> Recipe:
     width, depth = SIZES[size]
     trunk = TransformerConfig(
         width, depth, width // 64, norm="post", norm_eps=1e-12, dropout=0.1, attention_dropout=0.1, init="bert"
@@ -32,7 +32,7 @@ def _published(size: Literal["base", "large"], global_batch: int, steps: int) ->
         optim=OptimConfig(
             lr=5e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, warmup_steps=10_000, decay="linear", clip_norm=5.0
         ),
-        engine=EngineConfig(zero_stage=1, precision="bf16", max_micro_batch=128),
+        engine=EngineConfig(zero_stage=1, precision="bf16", max_micro_batch_tokens=tokens),
         evals=EvalConfig(),
         run=RunConfig(dir=f"runs/uniter.{size}", global_batch=global_batch, samples=global_batch * steps),
     )  # fmt: skip
@@ -40,12 +40,12 @@ def _published(size: Literal["base", "large"], global_batch: int, steps: int) ->
 
 def base() -> Recipe:
     """UNITER-base: 491,520 tokens a step, 200,000 steps."""
-    return _published("base", 9856, 200_000)
+    return _published("base", 10_240, 9856, 200_000)
 
 
 def large() -> Recipe:
     """UNITER-large: 393,216 tokens a step, 500,000 steps."""
-    return _published("large", 7808, 500_000)
+    return _published("large", 6144, 7808, 500_000)
 
 
 def tiny() -> Recipe:
