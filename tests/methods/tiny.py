@@ -95,10 +95,19 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Method:
             if "logit_" not in parameter_name and "temperature" not in parameter_name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     method.to(dtype)
-    if method.teacher is not None:  # a copy that differs from its student
+    if method.teacher is not None:
         method.make_teacher()
-        for parameter in method.teacher.to(dtype).parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return with_memory(method, seed=1)
+
+
+def with_memory(method: Method, seed: int) -> Method:
+    """A method in the middle of training: its momentum copy differs from its student, its queue has begun."""
+    generator = torch.Generator().manual_seed(seed)
+    if method.teacher is not None:
+        dtype = next(method.parameters()).dtype
+        with torch.no_grad():
+            for parameter in method.teacher.to(dtype).parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype), alpha=0.05)
     if isinstance(method, ALBEF):
         method.steps.fill_(1)  # type: ignore[operator]  # half way up the ramp of alpha
     return method
