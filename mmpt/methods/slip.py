@@ -42,8 +42,8 @@ class SLIPConfig:
     view_weight: float = 1.0
     """Of the loss between views, beside 1 for CLIP's."""
     gathered_gradient: bool = True
-    """Whether CLIP's loss has its gradient by the features of other ranks too. The released code gathers without it:
-    the more ranks, the less CLIP weighs against the views."""
+    """Whether CLIP's loss has its gradient by the features of other ranks too. The released code gathers without it,
+    our own among them: from two ranks on, CLIP then weighs about half against the views."""
 
     def inputs(self) -> InputSpec:
         return replace(self.towers.inputs(), extra_views=2)
