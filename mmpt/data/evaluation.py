@@ -8,7 +8,7 @@ from mmpt.data.pictures import Picture, evaluation_picture, stacked
 from mmpt.data.pipeline import Pipeline
 from mmpt.data.reader import RawSample
 from mmpt.data.sources import SourceReader
-from mmpt.data.text import CaptionFields, captions_of, metadata_of, tokenise
+from mmpt.data.text import CaptionFields, Cleaning, captions_of, clean_caption, metadata_of, tokenise
 from mmpt.data.work import Work
 
 
@@ -20,7 +20,7 @@ def evaluation_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tu
     Raises ValueError naming the first sample that cannot be used.
     """
     raw = reader.read(work.chunks, work.indices)
-    metadata = [describe(sample, pipeline.sources.captions[0]) for sample in raw]
+    metadata = [describe(sample, pipeline.sources.captions[0], pipeline.cleaning) for sample in raw]
     pictures = [_picture(sample, pipeline) for sample in raw]
     captions = [(known["captions"] or [""])[0] for known in metadata]
     batch = Batch(
@@ -32,14 +32,15 @@ def evaluation_batch(pipeline: Pipeline, reader: SourceReader, work: Work) -> tu
     return batch, metadata
 
 
-def describe(raw: RawSample, fields: CaptionFields) -> dict:
+def describe(raw: RawSample, fields: CaptionFields, cleaning: Cleaning) -> dict:
     """What evaluation wants to know of a sample; see evaluation_batch. Captions are those of the first field."""
     try:
         known = metadata_of(raw.files) | {"key": raw.key, "captions": []}
         if "cls" in raw.files:
             known["label"] = int(raw.files["cls"])
         else:
-            known["captions"] = captions_of(raw.files, fields.names[0])
+            found = captions_of(raw.files, fields.names[0])
+            known["captions"] = [clean_caption(caption, cleaning) for caption in found]
     except ValueError as error:
         raise _about(raw, error) from error
     return known

@@ -13,6 +13,7 @@ from PIL import Image, ImageEnhance
 
 from mmpt.data.crop import dct_factor, random_crop_box, resized_crop
 from mmpt.data.decode import Box, Header, decode_pixels, read_header
+from mmpt.data.rand_augment import Augmentation, augment
 from mmpt.data.randomness import Random
 from mmpt.data.views import ViewConfig
 
@@ -31,6 +32,9 @@ class ImageConfig:
     """Share of training images mirrored left to right; 0 where captions say left and right."""
     colour_jitter: float = 0.0
     """Brightness, contrast and saturation are each scaled by a factor within 1 - this and 1 + this."""
+    augment: Augmentation = "none"
+    """A random chain of simple operations, after all other changes: RandAugment as `albef` or `vilt` publish it, or
+    AutoAugment's policy for ImageNet, which FILIP uses."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour (red, green, blue; 0 to 255) put behind transparent images."""
     max_pixels: int = 100_000_000
@@ -145,12 +149,14 @@ def _precisely_resized(data: bytes, header: Header, box: Box, size: tuple[int, i
 
 
 def vary(pixels: np.ndarray, config: ImageConfig, random: Random) -> np.ndarray:
-    """Pixels [H, W, 3] jittered and mirrored as the configuration asks: uint8 [3, H, W]."""
+    """Pixels [H, W, 3] jittered, mirrored and augmented as the configuration asks: uint8 [3, H, W]."""
     if config.colour_jitter:
         image = Image.fromarray(np.ascontiguousarray(pixels))
         pixels = np.asarray(jitter(image, config.colour_jitter, random("jitter")))
     if config.flip_probability and random("flip").random() < config.flip_probability:
         pixels = pixels[:, ::-1]
+    if config.augment != "none":
+        pixels = augment(pixels, config.augment, random("augment"))
     return _channels_first(pixels)
 
 

@@ -23,7 +23,7 @@ from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SEPARATOR, Sources, captions_per_source, split_sources
 from mmpt.data.stream import StreamMaker, stream_urls
 from mmpt.data.tasks import check_tasks, inputs_for_evaluation
-from mmpt.data.text import TEXT_LINES, check_vocabulary, load_tokenizer
+from mmpt.data.text import TEXT_LINES, Cleaning, check_vocabulary, load_tokenizer
 from mmpt.data.work import Plan, Work, evaluation_work, training_work
 from mmpt.data.workers import BatchMaker
 from mmpt.inputs import InputSpec
@@ -44,6 +44,8 @@ class DataConfig:
     """Where captions are: `txt` for the lines of the .txt file, one drawn each time; `txt_whole` for that file as one
     caption; any other name is a field of the .json file that holds a text or a list of texts. `txt=0.7,synthetic=0.3`
     draws the field too; a field without text cedes its share. Sources that differ are separated by `::`."""
+    caption_cleaning: Cleaning = "none"
+    """`albef`: captions in lower case, without punctuation, of 30 words at most; in training and in evaluation."""
     weights: tuple[int, ...] = ()
     """Integer proportions of the sources, one for each, which then run through epochs of their own: `3,1` draws three
     samples of the first to one of the second, exact to one sample at any time."""
@@ -196,7 +198,9 @@ def _pipeline(config: DataConfig, sources: Sources, inputs: InputSpec, seed: int
     check_regions(inputs)
     if inputs.masked_words:
         check_masking(tokenizer, inputs.masked_words)
-    return Pipeline(sources, tokenizer, inputs, config.image, config.cache, config.remote, seed)
+    return Pipeline(
+        sources, tokenizer, inputs, config.image, config.cache, config.remote, seed, config.caption_cleaning
+    )
 
 
 def _plan(config: DataConfig, inputs: InputSpec, sources: Sources, mixture: Mixture, seed: int) -> Plan:

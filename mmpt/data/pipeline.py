@@ -24,7 +24,7 @@ from mmpt.data.remote.cache import CacheConfig
 from mmpt.data.remote.ranges import RemoteConfig
 from mmpt.data.sources import SourceReader, Sources
 from mmpt.data.tasks import inputs_for
-from mmpt.data.text import CaptionFields, draw_caption, encode, ids_of
+from mmpt.data.text import CaptionFields, Cleaning, clean_caption, draw_caption, encode, ids_of
 from mmpt.data.views import draw_views
 from mmpt.data.work import Work
 from mmpt.inputs import InputSpec
@@ -46,6 +46,7 @@ class Pipeline:
     cache: CacheConfig
     remote: RemoteConfig
     seed: int
+    cleaning: Cleaning = "none"
 
     def for_task(self, task: str) -> "Pipeline":
         """The same, with the inputs that a task needs."""
@@ -157,7 +158,7 @@ def make_pair(pipeline: Pipeline, raw: RawSample, fields: CaptionFields, epoch: 
     """Raises ValueError for an image or a caption that cannot be used."""
     random, inputs = streams(pipeline.seed, epoch, position), pipeline.inputs
     draws = random("caption_field").random() if len(fields.names) > 1 else 0.0, random("caption").random()
-    caption = draw_caption(raw.files, fields, *draws)
+    caption = clean_caption(draw_caption(raw.files, fields, *draws), pipeline.cleaning)
     picture, views = training_picture(raw, inputs, pipeline.image, random)
     return Pair(raw.key, picture, caption, views, draw_views(pipeline.image.views, random, inputs.extra_views))
 

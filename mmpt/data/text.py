@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 TEXT_LINES, TEXT_WHOLE = "txt", "txt_whole"
+Cleaning = Literal["none", "albef"]
+PUNCTUATION = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
+MOST_WORDS = 30
 
 
 def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
@@ -141,6 +144,18 @@ def draw_caption(files: dict[str, bytes], fields: CaptionFields, field_draw: flo
         raise reason
     choice = next((i for i, end in enumerate(accumulate(odds)) if field_draw * sum(odds) < end), len(odds) - 1)
     return found[choice][int(caption_draw * len(found[choice]))]
+
+
+def clean_caption(caption: str, cleaning: Cleaning) -> str:
+    """`albef`: lower case, without punctuation, hyphens and slashes made spaces, CC12M's <person> a plain word, and no
+    more than 30 words, as ALBEF's code prepares its captions (Li et al. 2021). ValueError where nothing is left."""
+    if cleaning == "none":
+        return caption
+    text = caption.lower().translate(PUNCTUATION).replace("<person>", "person")
+    words = text.split()[:MOST_WORDS]
+    if not words:
+        raise ValueError(f"its caption {caption!r} has no words")
+    return " ".join(words)
 
 
 def metadata_of(files: dict[str, bytes]) -> dict:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
+from data_tools.index import index
 from mmpt.batch import unpack
 from mmpt.data.image import ImageConfig, evaluation_image
 from mmpt.data.loader import DataConfig, build_loader, eval_batches
@@ -16,7 +17,7 @@ from mmpt.data.tar import ShardError
 from mmpt.data.text import load_tokenizer
 from mmpt.inputs import InputSpec
 from tests.data.batches import GLOBAL_BATCH, VARIED, assert_same, global_batches, resumed, take
-from tests.data.shards import caption, picture
+from tests.data.shards import caption, picture, write_shards
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +93,24 @@ def test_kept_patches_are_uniform_and_absent_where_all_are_kept(config: DataConf
     assert bool(((counts / (40 * GLOBAL_BATCH) - 0.5).abs() < 0.08).all())  # 5 sigma
     (batch,) = take(build_loader(config, replace(inputs, kept_patches=16), 5, GLOBAL_BATCH, 0, 1), 1)
     assert batch.pictures.kept_patches is None
+
+
+def test_captions_are_cleaned_in_training_and_evaluation(config: DataConfig, inputs: InputSpec, tmp_path: Path):
+    write_shards(tmp_path, [4])
+    path = tmp_path / "00000.tar"
+    path.write_bytes(path.read_bytes().replace(b"a red cat", b"a RED/cat").replace(b"a green dog", b"a,...,?!~;:"))
+    index(str(tmp_path), chunk_samples=4)
+    wanting, tokenizer = replace(inputs, max_text_tokens=40), load_tokenizer(config.tokenizer)
+    raw = replace(config, shards=str(tmp_path), max_quarantined_share=0.5)
+    cleaned = replace(raw, caption_cleaning="albef")
+    texts: list[dict[str, str]] = []
+    for one in (raw, cleaned):
+        (batch,) = global_batches(one, wanting, 1)
+        decoded = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in unpack(batch.text)]
+        texts.append(dict(zip(batch.keys, decoded, strict=True)))
+    assert texts[0]["000000"] == "a red/cat" and texts[1]["000000"] == "a red cat"
+    known = next(facts for _, facts in eval_batches(str(tmp_path), cleaned, wanting, 0, 1, 8))
+    assert known[0]["captions"] == ["a red cat"] and known[1]["captions"] == ["a beside another animal"]
 
 
 def test_draws_are_uniform_keyed_by_the_sample_and_leave_all_else_alone(config: DataConfig, inputs: InputSpec):

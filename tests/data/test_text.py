@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mmpt.data.text import (
     caption_fields,
     captions_of,
     check_vocabulary,
+    clean_caption,
     draw_caption,
     load_tokenizer,
     tokenise,
@@ -125,6 +127,36 @@ def test_fields_are_drawn_with_their_odds_and_cede_their_share_when_empty():
     with pytest.raises(ValueError, match=r"no \.txt file"):
         draw_caption({"json": b"{}"}, fields, 0.5, 0)
     assert caption_fields("caption") == CaptionFields(("caption",), (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A dog, running; it's FAST!", "a dog running its fast"),
+        ("black-and-white / red", "black and white red"),
+        ('"Hello" (world)  #1: ~yes*?', "hello world 1 yes"),
+        ("<PERSON> at the beach.\n", "person at the beach"),
+        ("café & größe_x", "café & größe_x"),
+        (" ".join(map(str, range(40))), " ".join(map(str, range(30)))),
+    ],
+)
+def test_captions_cleaned_as_albef_cleans_them(caption: str, expected: str):
+    assert clean_caption(caption, "albef") == expected == published_cleaning(caption)
+    assert clean_caption(caption, "none") == caption
+
+
+def published_cleaning(caption: str) -> str:
+    """What ALBEF's repository says it does, step by step."""
+    text = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
+    for old, new in (("-", " "), ("/", " "), ("<person>", "person")):
+        text = text.replace(old, new)
+    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+    return " ".join(text.split(" ")[:30])
+
+
+def test_a_caption_of_punctuation_alone_is_a_bad_one():
+    with pytest.raises(ValueError, match=r"its caption '\?!\.' has no words"):
+        clean_caption("?!.", "albef")
 
 
 @pytest.mark.parametrize("text", ["", "txt=0.5", "txt=0.5,b=0.6", "txt,b", "txt=1,b=0", "=1", "txt=x,b=0.5"])
