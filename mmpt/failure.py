@@ -21,6 +21,10 @@ class NotFinite(RuntimeError):
     """Training has diverged, and what was allowed against it is used up."""
 
 
+class Forsaken(RuntimeError):
+    """Another rank is gone, and this one was told to stop: by a launcher that knows, and has it said, why."""
+
+
 def status_of(error: Exception) -> int:
     """The exit status that this error ends the program with."""
     for kind, status in (
@@ -40,7 +44,7 @@ def report(program: str, error: Exception, run_dir: Path | None = None) -> int:
     """
     if run_dir is not None and run_dir.is_dir():
         write_trace(run_dir / f"error-rank-{dist.rank()}.txt", error)
-    if dist.first_to_fail():
+    if dist.first_to_fail() and not isinstance(error, Forsaken):
         lost = "another rank ended without a word (was it killed, perhaps for memory?): " * dist.lost_a_rank(error)
         print(f"{program}: error: {lost}{error}", file=sys.stderr, flush=True)
     dist.leave_failed(WAIT_FOR_OTHERS_SECONDS)

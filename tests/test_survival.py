@@ -168,6 +168,27 @@ def test_signals_to_every_process_of_the_job_leave_the_workers_alone(
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_ended_because_another_failed_says_nothing(forks: Forks, scenes: Path, tmp_path: Path) -> None:
+    """`deepspeed` sends SIGTERM to the others when a rank fails; here rank 0 is killed right after it was sent."""
+    run = forks.start(arguments(scenes, tmp_path, **LONG))
+    await_that(lambda: steps_recorded(tmp_path) > 0, run)
+    os.kill(run.pids[0], signal.SIGSTOP)
+    os.kill(run.pids[1], signal.SIGTERM)
+    os.kill(run.pids[0], signal.SIGKILL)
+    assert run.wait() == [-signal.SIGKILL, exit_codes.FAILED], run.output()
+    assert "train.py: error" not in run.output()
+
+    run = forks.start(arguments(scenes, tmp_path, **LONG))
+    reached = steps_recorded(tmp_path)
+    await_that(lambda: steps_recorded(tmp_path) > reached, run)
+    os.kill(run.pids[1], signal.SIGKILL)
+    assert run.wait() == [exit_codes.FAILED, -signal.SIGKILL], run.output()
+    said = [line for line in run.output().splitlines() if line.startswith("train.py: error")]
+    assert len(said) == 1 and "another rank ended without a word" in said[0]
+    assert events(tmp_path, "crash")[-1]["attempt"] == 2
+
+
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_after_a_second_try_and_loses_nothing(
     forks: Forks, whole: Path, scenes: Path, tmp_path: Path
 ) -> None:

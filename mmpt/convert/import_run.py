@@ -11,7 +11,8 @@ from mmpt.convert import formats
 from mmpt.convert.format import Format
 from mmpt.convert.importing import Account, check_settings, listed, take
 from mmpt.convert.reading import Source
-from mmpt.engine.resume import Progress, checkpoints_of, find_checkpoint
+from mmpt.engine.progress import Progress
+from mmpt.engine.resume import checkpoints_of, find_checkpoint
 from mmpt.engine.weights import load_weights, publish_weights, put, tensors_of
 from mmpt.methods.method import Method
 from mmpt.recipe import Recipe, check_same_run

@@ -117,15 +117,15 @@ def write_part(
         raise OSError(f"rank {rank}: {error.strerror} ({path})") from error
 
 
-def publish(folder: Path, step: int, token: str, fields: dict[str, Any]) -> tuple[Path, int]:
+def publish(folder: Path, step: int, token: str, fields: dict[str, Any], ranks: int) -> tuple[Path, int]:
     """Make a checkpoint of which every rank has written its part visible at once. Rank 0 alone calls it.
 
-    fields: those of Manifest that are alike on all ranks. Returns where it is and the bytes of all ranks' files.
-    OSError if it cannot be done; older ones are untouched.
+    fields: those of Manifest that are alike on all ranks. ranks: how many have written. Returns where it is and the
+    bytes of all ranks' files. OSError if it cannot be done; older ones are untouched.
     """
     temporary, final = temporary_of(folder, step, token), folder / step_name(step)
     try:
-        parts = [json.loads(_part_path(temporary, rank).read_bytes()) for rank in range(fields["world_size"])]
+        parts = [json.loads(_part_path(temporary, rank).read_bytes()) for rank in range(ranks)]
         manifest = Manifest(
             **fields,
             optimizer_step=max(part["optimizer_step"] for part in parts),

@@ -17,7 +17,7 @@ from mmpt.engine.pulse import Limits, Pulse
 from mmpt.engine.saver import Saved, Saver
 from mmpt.engine.stopping import Ballot, Stopping
 from mmpt.engine.writers import Writers
-from mmpt.failure import Hung
+from mmpt.failure import Forsaken, Hung
 
 FAILED_SAVES_IN_A_ROW = 2
 AFTER_THE_WATCH_SECONDS = 60.0  # a collective's own timeout is the second line: it tells less
@@ -84,8 +84,11 @@ class Guard:
         self._pulse.close()
         if isinstance(error, Exception):
             self.events.add("crash", self._step, {"error": str(error)})
-        if hung and isinstance(error, RuntimeError):  # another rank's watch was faster than ours
-            raise Hung(str(error)) from error
+        if isinstance(error, RuntimeError) and dist.lost_a_rank(error):
+            if hung:  # another rank's watch was faster than ours
+                raise Hung(str(error)) from error
+            if self._stopping.told:
+                raise Forsaken(str(error)) from error
 
     def beat(self, phase: str, step: int) -> None:
         """Training is in this phase now, after so many steps."""

@@ -53,7 +53,7 @@ def resume(run_dir: Path, saver: Saver, engine: Engine, seed: int, init: str | N
         checkpoint, manifest, passed_over = found
         progress = Progress(**load(checkpoint, manifest, engine, seed))
         notes = [f"passed over {reason}" for reason in passed_over]
-        if manifest.world_size != dist.world_size():
+        if manifest.world_size not in (0, dist.world_size()):  # 0: no rank, an import
             notes.append(f"{manifest.world_size} ranks saved it, {dist.world_size()} go on: same samples, new dropout")
         return progress, [*notes, f"continuing from {checkpoint}", *told_origins(manifest)]
     if (run_dir / "metrics.jsonl").exists():

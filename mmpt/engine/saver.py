@@ -134,7 +134,7 @@ class Saver:
         if dist.rank() > 0:
             return 0
         began = time.perf_counter()
-        path, total_bytes = publish(self._folder, self._step, self._token, self._fields)
+        path, total_bytes = publish(self._folder, self._step, self._token, self._fields, dist.world_size())
         self._took_seconds += time.perf_counter() - began
         prune(self._folder, self._keep_last, self._keep_every_steps, protect=path)
         return total_bytes

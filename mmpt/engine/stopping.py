@@ -50,6 +50,11 @@ class Stopping:
         return near, near and now + needed_seconds > self._deadline
 
     @property
+    def told(self) -> bool:
+        """Whether a signal has come."""
+        return self._told is not None
+
+    @property
     def reason(self) -> str:
         """Why this rank wants to stop; nothing if it does not know of any reason."""
         if self._told is not None:

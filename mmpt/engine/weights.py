@@ -46,12 +46,12 @@ def publish_weights(folder: Path, method: Method, origins: dict[str, str], state
         tensors[f"{kind}|{plain}|0"] = value.detach().flatten().cpu().clone()
         contents.append((kind, plain, 0, value.numel()))
     fields = {
-        "step": 0, "world_size": 1, "zero_stage": 0, "precision": "fp32", "loss_scaler": {}, "state": state,
+        "step": 0, "world_size": 0, "zero_stage": 0, "precision": "fp32", "loss_scaler": {}, "state": state,
         "shapes": {name: tuple(value.shape) for name, value in method.state_dict().items()}, "origins": origins,
     }  # fmt: skip
     data = memoryview(to_safetensors(tensors))
     write_part(temporary_of(folder, 0, "import"), 0, data, contents, moments=[], optimizer_step=0)
-    return publish(folder, 0, "import", fields)[0]
+    return publish(folder, 0, "import", fields, ranks=1)[0]
 
 
 def load_weights(checkpoint: Path, manifest: Manifest, method: Method) -> None:

@@ -21,7 +21,7 @@ def fields(step: int) -> dict:
 
 def put(folder: Path, step: int, data: bytes = b"x" * 100) -> Path:
     write_part(temporary_of(folder, step, "t"), 0, memoryview(data), [("master", "w", 0, 6)], ["exp_avg"], step)
-    return publish(folder, step, "t", fields(step))[0]
+    return publish(folder, step, "t", fields(step), ranks=1)[0]
 
 
 def test_published_is_found_with_its_state(tmp_path: Path) -> None:
