@@ -19,6 +19,7 @@ setup(
         "numpy",
         "obstore",
         "pillow",
+        "psutil",
         "pyarrow",
         "pyyaml",
         "rich",

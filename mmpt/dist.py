@@ -66,6 +66,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def node_name() -> str:
+    """What the scheduler calls this node; its host name elsewhere."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def launched_rank() -> int:
     """The rank that the launcher gave this process, known before `init`."""
     return int(os.environ.get("RANK", "0"))

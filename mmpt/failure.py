@@ -1,6 +1,7 @@
 """How a program of several ranks fails: one line, from the rank that met the error first, and an exit status."""
 
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -14,7 +15,11 @@ class Hung(RuntimeError):
 
 
 class UnfitNode(RuntimeError):
-    """A node failed the checks before the start."""
+    """A node failed the checks before the start. here: this rank is on it."""
+
+    def __init__(self, text: str, here: bool):
+        super().__init__(text)
+        self.here = here
 
 
 class NotFinite(RuntimeError):
@@ -42,12 +47,23 @@ def report(program: str, error: Exception, run_dir: Path | None = None) -> int:
     The other ranks fail by it, in the same way or because we leave them; they ask whether anybody spoke, and stay
     silent. Every rank waits for the others before it ends, because the launcher ends them all when one does.
     """
+    if isinstance(error, UnfitNode):
+        return _report_unfit(program, error)
     if run_dir is not None and run_dir.is_dir():
         write_trace(run_dir / f"error-rank-{dist.rank()}.txt", error)
     if dist.first_to_fail() and not isinstance(error, Forsaken):
         lost = "another rank ended without a word (was it killed, perhaps for memory?): " * dist.lost_a_rank(error)
         print(f"{program}: error: {lost}{error}", file=sys.stderr, flush=True)
     dist.leave_failed(WAIT_FOR_OTHERS_SECONDS)
+    return status_of(error)
+
+
+def _report_unfit(program: str, error: UnfitNode) -> int:
+    """All ranks know. Whoever started us blames the node whose rank ends first: the others wait."""
+    if dist.rank() == 0:
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    if not error.here:
+        time.sleep(WAIT_FOR_OTHERS_SECONDS)
     return status_of(error)
 
 

@@ -63,8 +63,9 @@ def train(recipe: Recipe, guard: Guard) -> int:
     run_dir, run, world_size = Path(recipe.run.dir), recipe.run, dist.world_size()
     parts = recipe.micro_batches(world_size)
     check_precision(recipe.engine, device)
+    guard.check(run_dir, device)
     open_run_dir(run_dir, recipe)
-    guard.open(run_dir)
+    guard.open()
 
     torch.manual_seed(run.seed)
     method = recipe.method.build()

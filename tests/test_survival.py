@@ -189,6 +189,27 @@ def test_a_rank_that_is_ended_because_another_failed_says_nothing(forks: Forks, 
 
 
 @pytest.mark.slow
+def test_a_node_that_cannot_write_is_named_and_a_disk_that_nobody_can_write_is_no_nodes_fault(
+    forks: Forks, scenes: Path, tmp_path: Path
+) -> None:
+    nodes = [{"SLURMD_NODENAME": "n0", "LOCAL_RANK": "0"}, {"SLURMD_NODENAME": "n1", "LOCAL_RANK": "0"}]
+    for limited, status, said in (
+        ([1], exit_codes.UNFIT_NODE, "train.py: error: 1 of 2 nodes cannot train: node n1: "),
+        ([0, 1], exit_codes.FAILED, "train.py: error: "),
+    ):
+        run = forks.start(
+            arguments(scenes, tmp_path), largest_file=dict.fromkeys(limited, 5000), rank_environment=nodes
+        )
+        assert run.wait() == [status] * 2, run.output()
+        errors = [line for line in run.output().splitlines() if line.startswith("train.py: error")]
+        (line,) = errors
+        assert line.startswith(f"{said}{tmp_path} cannot be written: File too large ("), run.output()
+        found = events(tmp_path, "preflight")[-1]
+        assert not found["ok"] and found["nodes"] == 2 and len(found["unfit"]) == len(limited)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_after_a_second_try_and_loses_nothing(
     forks: Forks, whole: Path, scenes: Path, tmp_path: Path
 ) -> None:

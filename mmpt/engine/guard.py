@@ -1,6 +1,5 @@
 """What lets a run end in a known way and go on from there: signals, the clock, a pulse, events, saves in flight."""
 
-import socket
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ import torch
 
 from mmpt import dist, exit_codes
 from mmpt.engine.events import Events
+from mmpt.engine.preflight import preflight, raise_for
 from mmpt.engine.progress import Progress
 from mmpt.engine.pulse import Limits, Pulse
 from mmpt.engine.saver import Saved, Saver
@@ -64,12 +64,18 @@ class Guard:
         self._step, self._steps_here, self._failed_saves = 0, 0, 0
         self._step_seconds = deque[float]([], 20)
 
-    def open(self, run_dir: Path) -> None:
-        """Begin to write events and heartbeats into the run directory. After `dist.init`."""
-        self._run_dir = run_dir
-        self.events = Events(run_dir, dist.rank() == 0)
+    def check(self, run_dir: Path, device: torch.device) -> None:
+        """UnfitNode where a node cannot train, OSError where the run directory cannot be written. Collective."""
+        self._run_dir, self.events = run_dir, Events(run_dir, dist.rank() == 0)
+        problems, nodes = preflight(run_dir, device), set(dist.gather_objects(dist.node_name()))
+        unfit = {problem.node: problem.reason for problem in problems}
+        self.events.add("preflight", 0, {"ok": not unfit, "nodes": len(nodes), "unfit": unfit})
+        raise_for(problems, nodes)
+
+    def open(self) -> None:
+        """Begin to write heartbeats, and to watch."""
         limits = Limits(self._config.hang_dump_seconds, self._config.hang_exit_seconds, self._timeout_seconds)
-        self._pulse = Pulse(run_dir, dist.rank(), limits, self.events)
+        self._pulse = Pulse(self._run_dir, dist.rank(), limits, self.events)
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +155,7 @@ class Guard:
 
     def leave(self, saver: Saver, progress: Progress, writers: Writers, late: bool) -> int:
         """Save unless it is too late, and say why the run stops. Returns the exit status. Collective."""
-        told = dist.gather_objects((self._stopping.reason, socket.gethostname()))
+        told = dist.gather_objects((self._stopping.reason, dist.node_name()))
         reasons = [f"rank {r} ({host}): {text}" for r, (text, host) in enumerate(told) if text] or ["another rank"]
         self.events.add("signal", progress.step, {"reasons": reasons[:8], "ranks": len(reasons)})
         if self._steps_here and not late:

@@ -10,14 +10,13 @@ run.hang_exit_seconds ends with exit_codes.HUNG. All ranks wait then, wherever t
 import faulthandler
 import json
 import os
-import socket
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from mmpt import exit_codes
+from mmpt import dist, exit_codes
 from mmpt.engine.events import Events
 
 HEARTBEAT_SECONDS = 5.0
@@ -84,7 +83,7 @@ class Pulse:
         phase, step, since = self._place
         now = time.time()
         facts = {"time": now, "step": step, "phase": phase, "since": now - time.monotonic() + since,
-                 "host": socket.gethostname(), "pid": os.getpid()}  # fmt: skip
+                 "host": dist.node_name(), "pid": os.getpid()}  # fmt: skip
         temporary = self._heartbeat.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps(facts))
@@ -121,7 +120,7 @@ class Pulse:
         self._events.add("hang", step, {"phase": phase, "seconds": round(stood_seconds, 1)})
         if self._rank == 0 or phase == "data":  # where one waits for its data, the others wait for it
             print(
-                f"train.py: error: rank {self._rank} on {socket.gethostname()} did not move for {stood_seconds:.0f} s "
+                f"train.py: error: rank {self._rank} on {dist.node_name()} did not move for {stood_seconds:.0f} s "
                 f"in phase {phase} after step {step}; what it did is in {self._stacks.name}",
                 file=sys.stderr,
                 flush=True,
