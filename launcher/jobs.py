@@ -190,8 +190,8 @@ def restart_living(run: Launch, where: str) -> str:
     if where.startswith("running"):
         queue_client.signal_ranks(run.job, "USR2")
         return f"told to save and start again, job {run.job}"
-    queue_client.start_now(run.job)
-    return f"waits already, from now on without a pause, job {run.job}"
+    queue_client.start_soon(run.job)
+    return f"waits already, from now on for its nodes alone, job {run.job}"
 
 
 def the_runs(texts: Sequence[str]) -> list[Path]:

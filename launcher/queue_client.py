@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 TIMEOUT_SECONDS = 30.0
+SOON_SECONDS = 10
 
 
 class QueueError(Exception):
@@ -92,9 +93,13 @@ def exclude(job: str, nodes: Sequence[str]) -> None:
     call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
 
 
-def start_now(job: str) -> None:
-    """For a job that waits: SLURM holds a requeued one for about two minutes."""
-    call("scontrol", "update", f"JobId={job}", "StartTime=now")
+def start_soon(job: str) -> None:
+    """For a job that waits: SLURM holds a requeued one for about two minutes.
+
+    Not at once: a job that starts in the very second of its requeue is killed ("Job credential revoked"), because its
+    nodes take the new start for the one that was just ended; their clocks may differ by seconds.
+    """
+    call("scontrol", "update", f"JobId={job}", f"StartTime=now+{SOON_SECONDS}")
 
 
 def signal_ranks(job: str, signal: str) -> None:

@@ -146,11 +146,28 @@ def signalled(training: Training) -> Path:
 
 
 def time_limit(training: Training) -> Path:
-    """The limit is lowered so that it comes within grace_seconds; the rest is SLURM's own doing."""
+    """The limit is lowered so that it comes within grace_seconds; the rest is SLURM's own doing.
+
+    It looks at limits twice a minute. So that the run is not over by then, its ranks sleep until the signal is there.
+    """
     run_dir = training.under_way(training.submit("time-limit"))
-    minutes = 1 + int(training.seconds(run_dir) + 25) // 60
+    ranks = [training.pid(run_dir, rank) for rank in (0, 1)]
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    minutes = 1 + int(training.seconds(run_dir) + 45) // 60
     training.slurm.call("scontrol", "update", f"JobId={training.job(run_dir)}", f"TimeLimit={minutes}")
+    wait_for(lambda: any(told_or_awake(pid) for pid in ranks), 90)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: read_attempts(run_dir), 60)
+    training.slurm.call("scontrol", "update", f"JobId={training.job(run_dir)}", "TimeLimit=10")
     return training.finished(run_dir)
+
+
+def told_or_awake(pid: int) -> bool:
+    """Whether SIGUSR2 waits for a process that sleeps, or the SIGCONT that SLURM sends with it has woken it already."""
+    facts = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(facts["ShdPnd"], 16) >> (signal.SIGUSR2 - 1) & 1) or not facts["State"].startswith("T")
 
 
 def lost_node(training: Training) -> Path:
