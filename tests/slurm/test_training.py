@@ -85,9 +85,11 @@ class Training:
         return run_dir
 
     def pid(self, run_dir: Path, rank: int) -> int:
-        """Of train.py itself: srun's tasks become it."""
+        """Of train.py itself: srun's tasks become it, and whatever it starts has its environment."""
         wanted = {f"RANK={rank}".encode(), f"SLURM_JOB_ID={self.raw_job(run_dir)}".encode()}
-        return next(pid for pid, variables in self.slurm.processes() if wanted <= set(variables))
+        found = {pid for pid, variables in self.slurm.processes() if wanted <= set(variables)}
+        (own,) = (pid for pid in found if parent(pid) not in found)
+        return own
 
     def raw_job(self, run_dir: Path) -> str:
         """The number that a task of an array has besides its array's."""
@@ -100,6 +102,10 @@ class Training:
     def facts(self, run_dir: Path) -> dict[str, str]:
         text = self.slurm.call("scontrol", "show", "job", "--oneliner", self.job(run_dir))
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
 
 
 def records(run_dir: Path) -> int:
