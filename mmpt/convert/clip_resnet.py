@@ -1,8 +1,5 @@
 """The modified ResNet of OpenAI's CLIP, in its names: stages `layer1` to `layer4`, and attention over the last grid."""
 
-import torch
-from torch import Tensor
-
 from mmpt.convert.rules import Rule, pair, rule, under
 from mmpt.methods.method import Method
 from mmpt.models.resnet import ResNet
@@ -40,9 +37,3 @@ def rules(method: Method, theirs: str) -> tuple[Rule, ...]:
         for n, (stage, i) in enumerate(places):
             found += under(BLOCK, f"{theirs}layer{stage}.{i}.", f"{ours}blocks.{n}.")
     return found
-
-
-def counters(method: Method) -> dict[str, Tensor]:
-    """torch's batch norms count batches."""
-    theirs = {name for r in rules(method, "visual.") for name in r.theirs if name.endswith("running_mean")}
-    return {name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in sorted(theirs)}

@@ -11,7 +11,7 @@ from mmpt.convert import openai_clip
 from mmpt.convert.format import Format, fields
 from mmpt.convert.positions import OPEN_CLIP
 from mmpt.convert.reading import Source
-from mmpt.convert.rules import SCALAR, TRANSPOSED, Rule, at, pair, rule
+from mmpt.convert.rules import NUMBER, SCALAR, TRANSPOSED, Rule, at, pair, rule
 from mmpt.methods.filip import FILIP
 from mmpt.methods.method import Method
 from mmpt.models.dual_tower import DualTower
@@ -25,6 +25,7 @@ VECTORS = (
     *rule("visual.proj", "image_projection.weight", TRANSPOSED),
     *pair("encode_text.text_projection", "text_projection"),
 )
+SCALE, DENSE_SCALE = rule("logit_scale", "log_scale", NUMBER), rule("logit_scale_dense", "log_scale", SCALAR)
 
 
 def rules(method: Method) -> tuple[Rule, ...]:
@@ -33,7 +34,7 @@ def rules(method: Method) -> tuple[Rule, ...]:
         *at(method, ViT, openai_clip.IMAGE, "visual."),
         *at(method, TextTransformer, openai_clip.TEXT, "encode_text."),
         *at(method, DualTower, TOKENS if tokens else VECTORS),
-        *at(method, LogitScale, rule("logit_scale_dense" if tokens else "logit_scale", "log_scale", SCALAR)),
+        *at(method, LogitScale, DENSE_SCALE if tokens else SCALE),
     )
 
 

@@ -57,7 +57,7 @@ def their_class(
     if isinstance(method, CLIP | FILIP) and isinstance(ours.towers.image, ViTConfig):
         return hf_clip.FORMAT, clip_config(ours.towers, tokenizer), ours.towers.image, notes_of(method)
     if isinstance(method, SigLIP):
-        return hf_siglip.FORMAT, siglip_config(ours), ours.image, []
+        return hf_siglip.FORMAT, siglip_config(ours, tokenizer), ours.image, []
     if isinstance(method, ViLT):
         return hf_vilt.FORMAT, vilt_config(ours), ours.image, notes_of(method)
     raise ValueError(
@@ -89,26 +89,29 @@ def clip_config(towers: DualTowerConfig, tokenizer: PreTrainedTokenizerBase) -> 
         raise ValueError("CLIPModel's image tower has [CLS], norms before and after its blocks, and no bias of patches")
     vision = trunk(image.trunk) | {"image_size": image.image_size, "patch_size": image.patch_size}
     shared: dict[str, Any] = {"projection_dim": towers.embed_dim}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    first, *_, end = tokenizer("a").input_ids
+    ids = {"bos_token_id": first, "eos_token_id": end}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     if isinstance(text, BertConfig):
         return ChineseCLIPConfig(text_config=bert(text) | {"pad_token_id": pad}, vision_config=vision, **shared)
     if not isinstance(text, TextTransformerConfig) or not text.causal:
         raise ValueError("CLIPModel's text tower is causal")
-    if tokenizer("a").input_ids[-1] != tokenizer.eos_token_id:
+    if ids["eos_token_id"] == 2:
         raise ValueError(
-            f"CLIPModel reads a text at its first end token, {tokenizer.eos_token!r}, and the tokenizer ends texts "
-            f"with {tokenizer.decode(tokenizer('a').input_ids[-1])!r}"
+            "transformers takes a CLIPModel whose end token has id 2 for an early conversion of OpenAI's, and reads "
+            "its texts at their largest id; give the end of a text another id in the tokenizer"
         )
     words = {"vocab_size": text.vocab_size, "max_position_embeddings": text.max_tokens, "pad_token_id": pad}
     return CLIPConfig(text_config=trunk(text.trunk) | words | ids | shared, vision_config=vision | shared, **shared)
 
 
-def siglip_config(ours: SigLIPConfig) -> PretrainedConfig:
+def siglip_config(ours: SigLIPConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     image, text = ours.image, ours.text
     vision = trunk(image.trunk) | {"image_size": image.image_size, "patch_size": image.patch_size}
     words = {"vocab_size": text.vocab_size, "max_position_embeddings": text.max_tokens}
-    words["projection_size"] = image.width
+    end = tokenizer("a").input_ids[-1]
+    words |= {"projection_size": image.width, "bos_token_id": end, "eos_token_id": end}  # which it does not read
+    words |= {"pad_token_id": tokenizer.pad_token_id}
     return SiglipConfig(text_config=trunk(text.trunk) | words, vision_config=vision)
 
 

@@ -31,7 +31,9 @@ def their_tensors(format: Format, method: Method, partial: bool) -> tuple[dict[s
             "leave them out with --partial"
         )
     theirs |= {name: theirs[other].clone() for name, other in format.repeats if other in theirs}
-    theirs |= {name: value for name, value in format.extras(method).items() if name not in theirs}
+    theirs |= format.extras(method)
+    means = [name for name in theirs if name.endswith(".running_mean")]
+    theirs |= {name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in means}  # torch counts
     return {name: value.detach().cpu().clone() for name, value in theirs.items()}, left
 
 

@@ -54,19 +54,13 @@ def settings(source: Source, method: Method) -> dict[str, Any]:
     return told
 
 
-def never_used(method: Method) -> dict[str, Tensor]:
-    """A pooler that its vectors do not pass, and counters of batch norms."""
+def pooler(method: Method) -> dict[str, Tensor]:
+    """Of BERT, which their text vectors do not pass."""
     if not isinstance(method, ALIGN):
         return {}
     width = method.towers.text_projection.in_features
-    out = {
-        "text_model.pooler.dense.weight": torch.zeros(width, width),
-        "text_model.pooler.dense.bias": torch.zeros(width),
-    }
-    for name in convolutional(method):
-        if name.endswith("running_mean"):
-            out[theirs(name).replace("running_mean", "num_batches_tracked")] = torch.tensor(0)
-    return out
+    weight, bias = torch.zeros(width, width), torch.zeros(width)
+    return {"text_model.pooler.dense.weight": weight, "text_model.pooler.dense.bias": bias}
 
 
 FORMAT = Format(
@@ -77,5 +71,5 @@ FORMAT = Format(
     stretch=DEIT,
     settings=settings,
     unneeded=r"text_model\.pooler\..*|.*position_ids|.*num_batches_tracked",
-    extras=never_used,
+    extras=pooler,
 )

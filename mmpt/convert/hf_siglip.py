@@ -6,7 +6,7 @@ from mmpt.convert import hf_clip
 from mmpt.convert.format import Format, fields
 from mmpt.convert.positions import VILT
 from mmpt.convert.reading import Source
-from mmpt.convert.rules import FIRST_THIRD, LAST_TWO_THIRDS, ONE_BEFORE, SCALAR, Rule, at, pair, rule
+from mmpt.convert.rules import FIRST_THIRD, LAST_TWO_THIRDS, NUMBER, ONE_BEFORE, Rule, at, pair, rule
 from mmpt.methods.method import Method
 from mmpt.methods.siglip import SigLIP
 from mmpt.models.image import ViT
@@ -28,13 +28,15 @@ POOLING = (
 
 
 def rules(method: Method) -> tuple[Rule, ...]:
+    if not isinstance(method, SigLIP):
+        return ()
     return (
         *at(method, ViT, hf_clip.IMAGE, "vision_model."),
         *at(method, AttentionPooling, POOLING, "vision_model.head."),
         *at(method, TextTransformer, hf_clip.TEXT, "text_model."),
         *at(method, SigLIP, pair("text_model.head", "text_projection")),
-        *at(method, LogitScale, rule("logit_scale", "log_scale", SCALAR)),
-        *at(method, LogitBias, rule("logit_bias", "bias", SCALAR)),
+        *at(method, LogitScale, rule("logit_scale", "log_scale", NUMBER)),
+        *at(method, LogitBias, rule("logit_bias", "bias", NUMBER)),
     )
 
 

@@ -28,6 +28,8 @@ POOLING = (
 
 
 def rules(method: Method) -> tuple[Rule, ...]:
+    if not isinstance(method, SigLIP):
+        return ()
     return (
         *at(method, ViT, timm_vit.IMAGE, "visual.trunk."),
         *at(method, AttentionPooling, POOLING, "visual.trunk.attn_pool."),

@@ -40,6 +40,8 @@ STACKED = Via(lambda theirs: torch.cat(list(theirs)), lambda ours, parts: ours.c
 """Several tensors one under another: the weights of queries, keys and values."""
 SCALAR = Via(lambda theirs: theirs[0].reshape(1), lambda ours, _: [ours.reshape(())])
 """A number without dimension there, [1] here; [1] there is read too."""
+NUMBER = Via(lambda theirs: theirs[0].reshape(1), lambda ours, _: [ours])
+"""A number of shape [1] on either side; one without dimension there is read too."""
 FIRST_THIRD = Via(lambda theirs: theirs[0][: len(theirs[0]) // 3], lambda ours, _: [ours])
 LAST_TWO_THIRDS = Via(lambda theirs: theirs[0][len(theirs[0]) // 3 :], lambda ours, _: [ours])
 """Queries there in one tensor with keys and values, here apart; the table has queries first."""

@@ -6,9 +6,6 @@ lie beside both.
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mmpt.convert import openai_clip, timm_vit
 from mmpt.convert.clip_resnet import norm
 from mmpt.convert.format import Format, fields
@@ -53,12 +50,6 @@ def settings(source: Source, method: Method) -> dict[str, Any]:
     return image | ({} if text is None else openai_clip.text_settings(method, len(text)))
 
 
-def counters(method: Method) -> dict[str, Tensor]:
-    """torch's batch norms count batches."""
-    there = any(isinstance(module, Projector) for module in method.modules())
-    return {f"image_mlp.bn{i}.num_batches_tracked": torch.tensor(0) for i in (1, 2)} if there else {}
-
-
 FORMAT = Format(
     name="slip",
     title="SLIP's",
@@ -70,6 +61,5 @@ FORMAT = Format(
     stretch=DEIT,
     settings=settings,
     unneeded=r"image_mlp\..*",
-    extras=counters,
     wrapper="state_dict",
 )
