@@ -313,7 +313,7 @@ def test_vilt(origin: str) -> None:
     texts, shapes = captions(), [(64, 96), (64, 64), (48, 32), (16, 80), (64, 48), (32, 32)]
     generator = torch.Generator().manual_seed(5)
     raw = [torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=generator) for shape in shapes]
-    patches, places, grids = pack_patches([image.numpy() for image in raw], 16)
+    patches, places, grids = pack_patches([image.numpy() for image in raw], 16, [None] * len(raw))
     seen = Pictures(patches=patches, places=places, grids=grids)
     joined = ours.fuse(ours.encode_text(pack(texts)), ours.encode_image(seen))
     half = (0.5, 0.5, 0.5)
