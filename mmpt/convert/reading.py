@@ -1,7 +1,7 @@
 """Foreign weights from disk: a file, or a folder as Hugging Face and open_clip lay it out.
 
-Nothing is unpickled but tensors and plain containers. Two inert kinds of object that trainers leave beside the weights
-are let through; for any other the error gives the line that cures it.
+Nothing is unpickled but tensors and plain containers. A few kinds of object that trainers leave beside the weights are
+read as something inert; for any other the error gives the line that cures it.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import json
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,26 +98,31 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
-class Inert(dict):
-    """Stands for a trainer's object: it may keep entries and can do nothing."""
+class Inert:
+    """Stands for a trainer's object: it can do nothing, and nothing of it is kept."""
 
     def __init__(self, *_: Any):
-        super().__init__()
+        pass
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-INERT = (
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-    *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int32", "Int64")),
+SACRED = "sacred.config.custom_containers"
+HARMLESS: tuple[tuple[type, str], ...] = (
+    (argparse.Namespace, "argparse.Namespace"),
+    (OrderedDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (Inert, "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor"),
+    (OrderedDict, f"{SACRED}.ReadOnlyDict"),
+    (list, f"{SACRED}.ReadOnlyList"),
+    (Inert, "numpy.core.multiarray.scalar"),
+    (Inert, "numpy._core.multiarray.scalar"),
+    (Inert, "numpy.dtype"),
+    *((Inert, f"numpy.dtypes.{kind}DType") for kind in ("Float32", "Float64", "Int32", "Int64")),
 )
-"""What is read as `Inert`: Lightning (ViLT) keeps its hyper-parameters and callbacks, others a best score of numpy."""
+"""What is read in place of a class: flags are kept as a Namespace (SLIP, open_clip), hyper-parameters and callbacks by
+Lightning and sacred (ViLT), a best score by numpy."""
 
 
 def _unpickled(path: Path) -> Any:
@@ -129,9 +135,8 @@ def _unpickled(path: Path) -> Any:
                     f'{path} is a TorchScript program, which is not run here; {trust}python -c "import torch; '
                     f"torch.save(torch.jit.load('{path}', map_location='cpu').state_dict(), {target})\""
                 )
-    harmless = [argparse.Namespace, *((Inert, name) for name in INERT)]
     try:
-        with torch.serialization.safe_globals(harmless):  # type: ignore[arg-type]
+        with torch.serialization.safe_globals(list(HARMLESS)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         kind = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -51,11 +51,15 @@ def resume(run_dir: Path, saver: Saver, engine: Engine, seed: int, init: str | N
     found = newest_valid(checkpoints_of(run_dir))
     if found is not None:
         checkpoint, manifest, passed_over = found
+        if manifest.origins:
+            raise ValueError(
+                f"{run_dir} holds imported weights; start another --run.dir from them with --run.init {run_dir}"
+            )
         progress = Progress(**load(checkpoint, manifest, engine, seed))
         notes = [f"passed over {reason}" for reason in passed_over]
         if manifest.world_size not in (0, dist.world_size()):  # 0: no rank, an import
             notes.append(f"{manifest.world_size} ranks saved it, {dist.world_size()} go on: same samples, new dropout")
-        return progress, [*notes, f"continuing from {checkpoint}", *told_origins(manifest)]
+        return progress, [*notes, f"continuing from {checkpoint}"]
     if (run_dir / "metrics.jsonl").exists():
         raise ValueError(
             f"{run_dir} has records of training but no checkpoint; move it away to start afresh, or restore "
