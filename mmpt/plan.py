@@ -14,8 +14,11 @@ from torch import Tensor
 
 from mmpt.batch import pack_equal
 from mmpt.engine.optim import freeze
+from mmpt.methods.clip import CLIPConfig
 from mmpt.methods.filip import FILIPConfig
 from mmpt.methods.siglip import SigLIPConfig
+from mmpt.models.image import ViTConfig
+from mmpt.models.text import TextTransformerConfig
 from mmpt.models.transformer import Block, TransformerConfig
 from mmpt.ops.contrast.loss import ContrastConfig
 from mmpt.ops.late_interaction.op import FOUND_AGAIN_BYTES, STORED_BYTES
@@ -70,8 +73,13 @@ class Tower(NamedTuple):
 
 def towers(setting: Setting) -> list[Tower]:
     config: Any = setting.recipe.method
+    if not isinstance(config, CLIPConfig | FILIPConfig | SigLIPConfig):
+        raise ValueError(f"a plan is made for CLIP, FILIP and SigLIP so far, not for {type(config).__name__}")
     pads = isinstance(config, SigLIPConfig)
     config = config if pads else config.towers
+    for tower in (config.image, config.text):
+        if not isinstance(tower, ViTConfig | TextTransformerConfig):
+            raise ValueError(f"a plan is made for transformer towers so far, not for {type(tower).__name__}")
     image, text = config.image, config.text
     tokens = text.max_tokens if pads else min(setting.mean_tokens, text.max_tokens)
     return [

@@ -33,7 +33,8 @@ def _published(name: str, pairs: int) -> Recipe:
             image, replace(text, trunk=half), FusionConfig(half, context_width=width), alpha_ramp_steps=pairs // BATCH
         ),
         data=DataConfig(
-            tokenizer="bert-base-uncased", workers=8, image=ImageConfig(crop_scale=(0.2, 1.0), flip_probability=0.5)
+            tokenizer="bert-base-uncased", workers=8, caption_cleaning="albef",
+            image=ImageConfig(crop_scale=(0.2, 1.0), flip_probability=0.5, augment="albef"),
         ),
         optim=OptimConfig(
             lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.02, warmup_steps=2000, final_lr_fraction=0.1

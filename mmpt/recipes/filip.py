@@ -26,7 +26,7 @@ def _published(size: Literal["B", "L"], patch: int, text_width: int, batch: int,
     towers = DualTowerConfig(vit(size, patch, "quick_gelu"), TextTransformerConfig(text), embed_dim=256)
     return Recipe(
         method=FILIPConfig(towers, token_keep_ratio=0.25),
-        data=DataConfig(workers=8, image=ImageConfig(crop_scale=(0.9, 1.0))),
+        data=DataConfig(workers=8, image=ImageConfig(crop_scale=(0.9, 1.0), augment="auto_augment")),
         optim=OptimConfig(
             name="lamb", lr=base_lr * math.sqrt(batch / 512), betas=(0.9, 0.999), eps=1e-4, weight_decay=3e-3,
             decay_embeddings=False, warmup_steps=3000,

@@ -28,7 +28,7 @@ def _published(size: Literal["S", "B", "L"]) -> Recipe:
     image = ViTConfig(trunk, patch_size=16, patch_bias=True, norm_before=False, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     text = TextTransformerConfig(TransformerConfig(512, depth=12, heads=8, activation="quick_gelu"))
     return Recipe(
-        method=SLIPConfig(DualTowerConfig(image, text, embed_dim=512)),
+        method=SLIPConfig(DualTowerConfig(image, text, embed_dim=512), gathered_gradient=False),
         data=DataConfig(workers=8, image=ImageConfig(crop_scale=(0.5, 1.0))),
         optim=OptimConfig(
             lr=3e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, warmup_steps=PAIRS // BATCH,

@@ -57,8 +57,8 @@ def remembered(method: Method) -> float:
     return sum(float(tensor.double().abs().sum()) for tensor in tensors)
 
 
-def engine_of(name: str, stage: int) -> Engine:
-    config = EngineConfig(zero_stage=stage, precision="fp32", keep_whole_elements=0)  # type: ignore[arg-type]
+def engine_of(name: str, stage: int, precision: str = "fp32") -> Engine:
+    config = EngineConfig(zero_stage=stage, precision=precision, keep_whole_elements=0)  # type: ignore[arg-type]
     return build(fresh(name), config, OPTIM, PAIRS // dist.world_size(), CPU)
 
 
@@ -81,6 +81,8 @@ def check(rank: int, world_size: int, expected: dict[str, tuple[list[float], flo
             engine, where = engine_of(name, stage), f"{name}, ZeRO {stage}, {parts} micro-batches"
             assert steps(engine, name, parts, range(STEPS)) == pytest.approx(losses, rel=2e-5), where
             assert remembered(engine.method) == pytest.approx(memory, rel=1e-5), where
+        half = steps(engine_of(name, 1, "bf16"), name, 1, range(1))
+        assert half == pytest.approx(losses[:1], rel=0.05), f"{name} in bf16"
     for name in ("albef local", "align", "uniter mrfr"):
         check_resume(name, folder / name.replace(" ", "-"))
 
