@@ -3,6 +3,7 @@
     mmpt recipes                                             every recipe with its number of parameters
     mmpt eval RUN_DIR --task retrieval:SHARDS                zero-shot classification, retrieval, scenes
     mmpt plan --recipe filip.vit_l14 --gpus 64               memory and FLOPs per device, before anything runs
+    mmpt check-loss --recipe filip.tiny --ranks 4            W ranks against one process: losses and gradients
     mmpt report RUN_DIR                                      RUN_DIR/report.html, and its tables here
     mmpt import SRC OUT --as clip.vit_b32                    foreign weights as a run, for --run.init and eval
     mmpt export RUN_DIR OUT --to hf                          a run's weights for transformers, open_clip, ...
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from mmpt import cli_audit, cli_convert, cli_plan, config, dist, failure
+from mmpt import check_loss, cli_audit, cli_convert, cli_plan, config, dist, failure
 from mmpt.engine.resume import find_checkpoint
 from mmpt.engine.weights import load_weights
 from mmpt.evals.findings import find, text_table
@@ -47,13 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli_audit.add_arguments(verbs.add_parser("audit", help="tell which samples a run has seen, and when"))
     verb = verbs.add_parser("plan", help="tell what a recipe will need on each device", allow_abbrev=False)
     cli_plan.add_arguments(verb)
+    verb = verbs.add_parser("check-loss", help="hold W ranks against one process", allow_abbrev=False)
+    verb.add_argument("--ranks", type=int, default=2, metavar="W", help="processes on this node's CPU [2]")
     for name, text in cli_convert.VERBS.items():
         verbs.add_parser(name, help=text, add_help=False, prefix_chars="\0")  # it reads its own arguments
     parsed, flags = parser.parse_known_args(arguments)
-    if flags and parsed.verb not in ("plan", *cli_convert.VERBS):
+    if flags and parsed.verb not in ("plan", "check-loss", *cli_convert.VERBS):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     run = {"recipes": print_recipes, "eval": run_eval, "report": run_report, "audit": cli_audit.run}
     try:
+        if parsed.verb == "check-loss":
+            return check_loss.start_ranks(flags, parsed.ranks)
         if parsed.verb == "plan":
             cli_plan.run(parsed, flags)
         elif parsed.verb in cli_convert.VERBS:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYER = {
     "config": 0, "batch": 0, "inputs": 0, "dist": 0, "exit_codes": 0, "failure": 1, "ops": 1, "models": 2,
     "objectives": 2, "data": 2, "methods": 3, "engine": 4, "evals": 4, "recipe": 5, "convert": 5, "recipes": 6,
-    "train": 7, "plan": 7, "cli_audit": 7, "cli_plan": 8, "cli_convert": 8, "cli": 9,
+    "synthetic": 2, "train": 7, "plan": 7, "check_loss": 7, "cli_audit": 7, "cli_plan": 8, "cli_convert": 8, "cli": 9,
 }  # fmt: skip
 SIBLINGS_APART = ("models", "objectives", "data", "engine", "evals")
 FILES = sorted(p for top in ("mmpt", "data_tools", "launcher") for p in (ROOT / top).rglob("*.py"))
@@ -112,7 +112,7 @@ def test_distance_from_train() -> None:
 
     visit(ROOT / "mmpt" / "train.py", ())
     lines = sum(len(path.read_text().splitlines()) for path in graph)
-    assert len(graph) <= 85 and lines <= 11_000, f"{len(graph)} files, {lines} lines"
+    assert len(graph) <= 110 and lines <= 13_500, f"{len(graph)} files, {lines} lines"
 
 
 def module_file(name: str) -> Path | None:

@@ -179,7 +179,7 @@ def test_whole_images_of_the_grids_own_shape_are_crops(class_token: bool) -> Non
     """As packed patches or as pixels, in any order of patches."""
     torch.manual_seed(0)
     model, images = ViT(replace(IMAGE, class_token=class_token)), raw(2)
-    patches, places, grids = pack_patches(list(images.numpy()), 8)
+    patches, places, grids = pack_patches(list(images.numpy()), 8, [None, None])
     expected = model(Pictures(images))
     torch.testing.assert_close(model(Pictures(patches=patches, places=places, grids=grids)).x, expected.x)
     order = torch.randperm(16)
