@@ -33,10 +33,12 @@ setup(
         "webdataset",
     ],
     extras_require={
+        "lmdb": ["lmdb", "msgpack"],
         "dev": [
             "flask",
             "flask-cors",
             "hypothesis",
+            "lmdb",
             "moto",
             "pyright",
             "pytest",

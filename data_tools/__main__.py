@@ -11,6 +11,8 @@ VERBS = {
     "verify": "read every byte of every shard, decode every image, and report what is bad",
     "verify-epoch": "run the ranks of a training dry and prove that they deliver each sample once",
     "tokenizer": "train a tokenizer on the captions of a data set",
+    "regions": "add regions to every picture of a data set: a detector's, or a grid over an encoder",
+    "regions-from-lmdb": "turn the image features that UNITER published into files that pack takes",
     "scenes": "generate a data set of compositional scenes",
 }
 

@@ -16,9 +16,11 @@ from pathlib import Path
 
 from data_tools.index import index
 from data_tools.layouts import LAYOUTS, read_layout
+from data_tools.pack_pair import PairPacker
 from data_tools.pack_shards import SUCCESS, ShardWriter
 from data_tools.pack_sources import ImageSource, Pair, open_images, read_pairs
 from data_tools.pack_workers import pack_pairs
+from data_tools.region_files import Choice, RegionFolder, add_choice
 
 SHOWN_FAILURES = 5
 
@@ -38,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples-per-shard", type=int, default=10_000, metavar="N", help="rows per shard [10000]")
     add("--resize", type=int, metavar="PIXELS", help="shrink images whose shorter side is longer than this")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that decode [all cores]")
+    add("--regions", type=Path, metavar="FOLDER",
+        help="add regions from .npz files named after the images (features, norm_bb, conf, soft_labels)")  # fmt: skip
+    add("--regions-column", default="", metavar="NAME", help="column with the .npz file's path in FOLDER [the image's]")
+    add_choice(parser, "--regions-")
     add("--validation-fraction", type=float, default=0.0, metavar="F", help="share of groups put in OUT/validation [0]")
     add("--split-group", metavar="REGEX", help="first group: what an image is a variant of [the whole name]")
 
@@ -53,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
     if args.out.exists() and any(args.out.rglob("*.tar")):
         raise ValueError(f"{args.out} already holds shards: remove it or name another folder")
     images = open_images(args.images)
+    if args.regions is not None and not args.regions.is_dir():
+        raise ValueError(f"--regions {args.regions} is not a folder")
     sides = _write(_pairs(args, images), images, args, allowed)
     for side in sides:
         manifest = index(str(args.out / side))
@@ -78,7 +86,7 @@ def _write(pairs: Iterable[Pair], images: ImageSource, args: argparse.Namespace,
     writers: dict[str, ShardWriter] = {}
     total, left_out, shown = 0, 0, []
     try:
-        for pair, packed in pack_pairs(pairs, images, args.resize, args.workers):
+        for pair, packed in pack_pairs(pairs, PairPacker(images, args.resize, _regions(args)), args.workers):
             side = side_of(pair.image)
             if side not in writers:
                 writers[side] = ShardWriter(args.out / side, args.samples_per_shard)
@@ -101,6 +109,11 @@ def _write(pairs: Iterable[Pair], images: ImageSource, args: argparse.Namespace,
             f"{shown[0]}; the .parquet files in {args.out} list them all"
         )
     return sorted(writers)
+
+
+def _regions(args: argparse.Namespace) -> RegionFolder | None:
+    choice = Choice(args.regions_confidence, args.regions_least, args.regions_most)
+    return RegionFolder(args.regions, choice, args.regions_column) if args.regions is not None else None
 
 
 def _splitter(fraction: float, group: str | None) -> Callable[[str], str]:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from data_tools.pack_shards import MISSING, NO_CAPTION, SUCCESS, UNDECODABLE, Packed
+from data_tools.pack_shards import MISSING, NO_CAPTION, NO_REGIONS, SUCCESS, UNDECODABLE, Packed
 from data_tools.pack_sources import ImageSource, Pair
+from data_tools.region_files import RegionFolder
 from mmpt.data.decode import ImageError
 from mmpt.data.image import ImageConfig, decode
+from mmpt.data.regions import EXTENSION, RegionError
 
 JPEG_QUALITY = 95
 EXTENSION_OF_MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
@@ -31,11 +33,24 @@ class _LeftOut(Exception):
     """(status, reason)"""
 
 
-def pack_pair(pair: Pair, images: ImageSource, resize: int | None) -> Packed:
-    """Read and decode the images, so that no pair that training would stumble over gets into a shard.
+@dataclass(frozen=True)
+class PairPacker:
+    """Makes pairs ready, in whichever process it is called.
 
-    resize: shorter side in pixels to which larger images are shrunk.
+    resize: shorter side in pixels to which larger images are shrunk. regions: where each picture's regions are, for
+    pairs that have some.
     """
+
+    images: ImageSource
+    resize: int | None
+    regions: RegionFolder | None = None
+
+    def __call__(self, pair: Pair) -> Packed:
+        return pack_pair(pair, self.images, self.resize, self.regions)
+
+
+def pack_pair(pair: Pair, images: ImageSource, resize: int | None, regions: RegionFolder | None = None) -> Packed:
+    """Read and decode the images, so that no pair that training would stumble over gets into a shard."""
     facts = {
         "error_message": "", "width": 0, "height": 0, "original_width": 0, "original_height": 0, "sha256": "",
         "source": pair.image,
@@ -54,9 +69,15 @@ def pack_pair(pair: Pair, images: ImageSource, resize: int | None) -> Packed:
             image = _prepare(pair.right, images, resize)
             files[RIGHT + image.extension] = image.data
             facts |= _described(image, "right_") | {"right_source": pair.right}
+        if regions is not None:
+            files[EXTENSION] = regions.of(pair.image, pair.row)
+            if pair.right:
+                files[RIGHT + EXTENSION] = regions.of(pair.right)
     except _LeftOut as left_out:
         status, reason = left_out.args
         return Packed(status, {}, pair.captions, facts | {"error_message": reason})
+    except RegionError as error:
+        return Packed(NO_REGIONS, {}, pair.captions, facts | {"error_message": str(error)})
     return Packed(SUCCESS, files, pair.captions, facts)
 
 

@@ -1,7 +1,8 @@
 """What `mmpt-data pack` writes: shards in img2dataset's shape.
 
     00000.tar           KEY.{jpg,png,webp}, KEY.txt (a caption per line), KEY.json (what is known of the pair);
-                        KEY.right.{jpg,png,webp} where a sample has a second image; no KEY.txt where it has no caption
+                        KEY.right.{jpg,png,webp} where a sample has a second image; KEY.regions.npz where regions
+                        were given; no KEY.txt where it has no caption
     00000.parquet       a row per pair, those that failed included
     00000_stats.json    counts; its presence means that the shard is complete
 
@@ -19,14 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from webdataset.writer import TarWriter
 
-SUCCESS, MISSING, UNDECODABLE, NO_CAPTION = "success", "failed_to_download", "failed_to_resize", "no_caption"
+SUCCESS, MISSING, UNDECODABLE = "success", "failed_to_download", "failed_to_resize"
+NO_CAPTION, NO_REGIONS = "no_caption", "no_regions"
 
 
 @dataclass(frozen=True)
 class Packed:
     """One pair made ready, or the reason why it could not be. `facts` go to its .json file and the parquet row.
 
-    images: file contents by extension. captions: None for a sample that has none by its nature.
+    images: file contents by extension, regions among them. captions: None for a sample that has none by its nature.
     """
 
     status: str

@@ -1,6 +1,7 @@
 """`mmpt-data verify SHARDS REPORT`: read every byte of every shard, decode every image, and report what is bad.
 
-The report has one JSON line per shard, written as each is done: a verification that was stopped goes on where it was.
+Regions are read where there are some. The report has one JSON line per shard, written as each is done: a verification
+that was stopped goes on where it was.
 """
 
 import argparse
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from data_tools.region_files import read_file
 from mmpt.data import storage
 from mmpt.data.image import ImageConfig, evaluation_image
 from mmpt.data.manifest import Manifest, load_manifest
 from mmpt.data.reader import RawSample, Reader
+from mmpt.data.regions import EXTENSION
 from mmpt.data.scan import read_headers
 from mmpt.data.tar import REINDEX, ShardError
 from mmpt.data.text import captions_of
@@ -109,6 +112,8 @@ def _bad(raw: RawSample, caption_field: str) -> dict[str, Any] | None:
         if "cls" not in raw.files:
             captions_of(raw.files, caption_field)
         evaluation_image(raw.image(), THUMBNAIL_PIXELS, ImageConfig())
+        if EXTENSION in raw.files:
+            read_file(raw.files[EXTENSION])
     except ValueError as error:
         return {"key": raw.key, "offset": raw.offset, "reason": " ".join(str(error).split())}
     return None

@@ -62,19 +62,32 @@ def read_regions(data: bytes | None, spec: RegionSpec) -> FoundRegions:
     for name in (FEATURES, CLASSES):
         if name in wanted and arrays[name].shape[1] != widths[name]:
             raise RegionError(f"its {name} are {arrays[name].shape[1]} wide and the method takes {widths[name]}")
-    sure = np.sort(np.argsort(-arrays[CONFIDENCE], kind="stable")[: spec.most])
-    classes = arrays[CLASSES][sure] if spec.classes else np.empty((len(sure), 0))
-    return FoundRegions(_half(arrays[FEATURES][sure], FEATURES), _boxes(arrays[BOXES][sure]), _half(classes, CLASSES))
+    rows = surest(arrays[CONFIDENCE], spec.most)
+    return found({name: array[rows] for name, array in arrays.items()})
 
 
-def read_arrays(data: bytes, wanted: Sequence[str]) -> dict[str, np.ndarray]:
+def surest(confidence: np.ndarray, most: int) -> np.ndarray:
+    """The regions that the detector is surest of, at most so many, ascending. confidence: [R]."""
+    return np.sort(np.argsort(-confidence, kind="stable")[:most])
+
+
+def found(arrays: dict[str, np.ndarray]) -> FoundRegions:
+    """The arrays of a file as training takes them. Raises RegionError for values that make no sense."""
+    features = _half(arrays[FEATURES], FEATURES)
+    classes = arrays[CLASSES] if CLASSES in arrays else np.empty((len(features), 0))
+    return FoundRegions(features, _boxes(arrays[BOXES]), _half(classes, CLASSES))
+
+
+def read_arrays(data: bytes, wanted: Sequence[str], welcome: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """These arrays of the file, all of them floating-point numbers, finite, and of the same R regions, R above 0.
 
-    Sizes are checked before anything is unpacked, and no object is ever made from the file. Raises RegionError.
+    welcome: those that may be missing. Sizes are checked before anything is unpacked, and no object is ever made from
+    the file. Raises RegionError.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             known = {info.filename: info for info in archive.infolist()}
+            wanted = [*wanted, *(name for name in welcome if f"{name}.npy" in known)]
             for name in wanted:
                 if f"{name}.npy" not in known:
                     raise RegionError(f"its .{EXTENSION} file has no {name}")
@@ -86,13 +99,19 @@ def read_arrays(data: bytes, wanted: Sequence[str]) -> dict[str, np.ndarray]:
     except Exception as error:  # on hostile bytes zipfile and numpy raise nearly every type there is
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RegionError(f"its .{EXTENSION} file cannot be read: {reason}") from error
-    count = len(arrays[wanted[0]])
+    check_arrays(arrays)
+    return arrays
+
+
+def check_arrays(arrays: dict[str, np.ndarray]) -> None:
+    """Raises RegionError unless these are floating-point numbers, finite, of the same R regions, R above 0."""
+    first = next(iter(arrays))
     for name, array in arrays.items():
-        if not len(array) == count > 0:
-            raise RegionError(f"its {name} are of {len(array)} regions, its {wanted[0]} of {count}")
+        _check_kind(array.dtype, array.shape, name)
+        if not len(array) == len(arrays[first]) > 0:
+            raise RegionError(f"its {name} are of {len(array)} regions, its {first} of {len(arrays[first])}")
         if not np.isfinite(array).all():
             raise RegionError(f"not all of its {name} are finite numbers")
-    return arrays
 
 
 def _check_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> None:
@@ -101,13 +120,17 @@ def _check_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> N
         read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
         shape, _, dtype = read[np.lib.format.read_magic(file)[0]](file)
         stored = info.file_size - file.tell()
-    odd = dtype.kind != "f" or dtype.itemsize > LARGEST_NUMBER_BYTES or min(shape, default=0) < 0
-    if odd or len(shape) != (1 if name == CONFIDENCE else 2):
-        raise RegionError(f"its {name} are {dtype} of shape {shape}")
+    _check_kind(dtype, shape, name)
     if shape[0] > MOST_REGIONS or max(shape[1:], default=0) > MOST_COLUMNS:
         raise RegionError(f"its {name} of shape {shape} are more than {MOST_REGIONS} x {MOST_COLUMNS}")
     if stored != np.prod(shape, dtype=np.int64) * dtype.itemsize:
         raise RegionError(f"its {name} of shape {shape} do not fill {stored} bytes")
+
+
+def _check_kind(dtype: np.dtype, shape: tuple[int, ...], name: str) -> None:
+    odd = dtype.kind != "f" or dtype.itemsize > LARGEST_NUMBER_BYTES or min(shape, default=0) < 0
+    if odd or len(shape) != (1 if name == CONFIDENCE else 2):
+        raise RegionError(f"its {name} are {dtype} of shape {shape}")
 
 
 def _half(array: np.ndarray, name: str) -> np.ndarray:
@@ -132,10 +155,10 @@ def _boxes(boxes: np.ndarray) -> np.ndarray:
     return boxes if boxes.shape[1] == 7 else np.concatenate([boxes, boxes[:, 4:5] * boxes[:, 5:6]], axis=1)
 
 
-def pack_regions(found: Sequence[FoundRegions]) -> Regions:
+def pack_regions(pictures: Sequence[FoundRegions]) -> Regions:
     """The regions of B pictures."""
-    features = pack([torch.from_numpy(one.features) for one in found])
-    boxes, classes = (torch.from_numpy(np.concatenate(part)) for part in zip(*((f.boxes, f.classes) for f in found)))
+    features = pack([torch.from_numpy(one.features) for one in pictures])
+    boxes, classes = (torch.from_numpy(np.concatenate(p)) for p in zip(*((o.boxes, o.classes) for o in pictures)))
     return Regions(features, boxes, classes)
 
 
