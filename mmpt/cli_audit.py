@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmpt import config
 from mmpt.data.audit import exposures, seen, stand_ins_of
-from mmpt.data.loader import open_sources
+from mmpt.data.loader import open_sources, plan_of
 from mmpt.engine.resume import find_checkpoint
 from mmpt.recipe import Recipe
 
@@ -40,14 +40,23 @@ def run(parsed: argparse.Namespace) -> None:
             print(sample.position // batch + 1, *sample, sep="\t")
         return
     wanted = frozenset(line.strip() for line in parsed.takedown.read_text().splitlines() if line.strip())
-    print("key\ttimes_seen\tsteps\tshard")
+    plan = plan_of(recipe.data, recipe.method.inputs(), sources, mixture, recipe.run.seed)
+    print("key", "times_seen", "steps", "shard", *["steps_with_other_texts"] * plan.inputs.partners, sep="\t")
     found = set()
-    for exposure in exposures(sources, mixture, wanted, last * batch, stood_in):
+    for exposure in exposures(sources, plan, wanted, last * batch, batch, stood_in):
         found.add(exposure.key)
-        steps = [step for position in exposure.positions if (step := position // batch + 1) > first]
-        print(exposure.key, len(steps), ",".join(map(str, steps)) or "never", exposure.shard, sep="\t")
+        steps, others = (
+            [step for position in positions if (step := position // batch + 1) > first]
+            for positions in (exposure.positions, exposure.as_partner)
+        )
+        shown = [listed(others)] * plan.inputs.partners
+        print(exposure.key, len(steps), listed(steps), exposure.shard, *shown, sep="\t")
     for key in sorted(wanted - found):
-        print(key, 0, "not in the data", "-", sep="\t")
+        print(key, 0, "not in the data", "-", *["-"] * plan.inputs.partners, sep="\t")
+
+
+def listed(steps: list[int]) -> str:
+    return ",".join(map(str, steps)) or "never"
 
 
 def parse_steps(text: str, newest: int) -> tuple[int, int]:

@@ -9,9 +9,12 @@ import numpy as np
 from mmpt.data import storage
 from mmpt.data.mixture import Mixture, place_of
 from mmpt.data.order import positions_of
+from mmpt.data.partners import keep_own
 from mmpt.data.quarantine import rows_of
 from mmpt.data.remote.cache import CacheConfig
 from mmpt.data.sources import SourceReader, Sources
+from mmpt.data.tasks import inputs_for, task_of
+from mmpt.data.work import Plan
 
 BLOCK = 1 << 16  # positions located at a time
 
@@ -26,11 +29,13 @@ class Seen(NamedTuple):
 
 
 class Exposure(NamedTuple):
-    """A sample that was asked for, and the positions at which the run has seen it, ascending."""
+    """A sample that was asked for, and the positions, ascending, at which the run has seen it; and those of other
+    samples whose texts its picture was shown with, for methods that match them."""
 
     shard: str
     key: str
     positions: list[int]
+    as_partner: list[int]
 
 
 def stand_ins_of(run_dir: Path) -> dict[int, str]:
@@ -59,12 +64,15 @@ def seen(
 
 
 def exposures(
-    sources: Sources, mixture: Mixture, wanted: frozenset[str], stop: int, stood_in: dict[int, str] | None = None
-) -> Iterator[Exposure]:
+    sources: Sources, plan: Plan, wanted: frozenset[str], stop: int, global_batch: int,
+    stood_in: dict[int, str] | None = None,
+) -> Iterator[Exposure]:  # fmt: skip
     """Each sample whose key is wanted, with the positions below `stop` at which the run has seen it.
 
-    Reads the headers of every shard once, then inverts the order: no epoch is walked through.
+    Reads the headers of every shard once, then inverts the orders: no epoch is walked through. A partner that could not
+    be used counts as shown, and what stood in for it does not: no ledger has it.
     """
+    mixture = plan.mixture
     reader, replaced = SourceReader(sources, CacheConfig(), storage.DEFAULTS), stood_in or {}
     standing_in: dict[tuple[int, str], list[int]] = {}
     if replaced:
@@ -76,7 +84,15 @@ def exposures(
         for index, extent in enumerate(extents):
             if extent.key in wanted:
                 own = [p for p in _positions(sources, mixture, chunk, index, stop) if p not in replaced]
-                yield Exposure(shard, extent.key, sorted(own + standing_in.get((chunk, extent.key), [])))
+                shown = _positions(sources, plan.second, chunk, index, stop) if plan.second else []
+                partner = [position for position in shown if _is_shown(plan, position, global_batch)]
+                yield Exposure(shard, extent.key, sorted(own + standing_in.get((chunk, extent.key), [])), partner)
+
+
+def _is_shown(plan: Plan, position: int, global_batch: int) -> bool:
+    """Whether the text at this position was shown its partner's picture."""
+    task = task_of(plan.inputs.tasks, plan.seed, position // global_batch * global_batch, global_batch)
+    return inputs_for(plan.inputs, task).partners and not keep_own(plan.seed, np.array([position]))[0]
 
 
 def _positions(sources: Sources, mixture: Mixture, chunk: int, index: int, stop: int) -> list[int]:
@@ -87,4 +103,4 @@ def _positions(sources: Sources, mixture: Mixture, chunk: int, index: int, stop:
     for epoch in range(int(np.ceil(mixture.epochs(stop)[source]))):
         own = positions_of(order, epoch, own_chunk, np.array([index]))
         found.append(int(mixture.global_positions(source, own)[0]))
-    return [position for position in found if position < stop]
+    return sorted(position for position in found if position < stop)

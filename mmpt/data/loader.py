@@ -150,7 +150,7 @@ def build_loader(
     sources, mixture = open_sources(config, seed, check_shards=rank == 0)
     batch_positions(mixture, start, global_batch, rank, world_size)  # the checks, before any process starts
     pipeline = _pipeline(config, sources, inputs, seed)
-    plan, ahead = _plan(config, inputs, sources, mixture, seed), None
+    plan, ahead = plan_of(config, inputs, sources, mixture, seed), None
     work = training_work(plan, start, global_batch, rank, world_size)
     if not all(storage.is_local(manifest.folder) for manifest in sources.manifests):
         cache = ChunkCache(config.cache, config.remote)
@@ -203,7 +203,8 @@ def _pipeline(config: DataConfig, sources: Sources, inputs: InputSpec, seed: int
     )
 
 
-def _plan(config: DataConfig, inputs: InputSpec, sources: Sources, mixture: Mixture, seed: int) -> Plan:
+def plan_of(config: DataConfig, inputs: InputSpec, sources: Sources, mixture: Mixture, seed: int) -> Plan:
+    """What the training batches follow from: the orders, and what the method asks for."""
     second = None
     if inputs.partners:
         second = sources.mixture(config.weights, partner_seed(seed), config.lanes, config.window_chunks)

@@ -9,9 +9,10 @@ import pytest
 from data_tools.index import index
 from mmpt.data import quarantine
 from mmpt.data.audit import exposures, seen, stand_ins_of
-from mmpt.data.loader import DataConfig, build_loader, open_sources
-from mmpt.inputs import InputSpec
-from tests.data.batches import GLOBAL_BATCH
+from mmpt.data.image import ImageConfig
+from mmpt.data.loader import DataConfig, build_loader, open_sources, plan_of
+from mmpt.inputs import InputSpec, WordMasking
+from tests.data.batches import GLOBAL_BATCH, SEED, global_batches
 from tests.data.shards import write_shards
 from tests.data.test_loader_sources import damaged_copy
 
@@ -53,7 +54,7 @@ def test_the_keys_of_any_range_of_positions(config: DataConfig, delivered: dict[
     assert part == everything[50:53] and all(Path(sample.shard).exists() for sample in part)
 
 
-def test_when_given_keys_were_seen(config: DataConfig, delivered: dict[int, str], tmp_path: Path):
+def test_when_given_keys_were_seen(config: DataConfig, inputs: InputSpec, delivered: dict[int, str], tmp_path: Path):
     """Inverting the order finds the same positions; the damaged sample was never seen; stand-ins count as seen."""
     sources, mixture = open_sources(config, 5, check_shards=True)
     wanted = defaultdict(list)
@@ -62,7 +63,36 @@ def test_when_given_keys_were_seen(config: DataConfig, delivered: dict[int, str]
     stood_in = stand_ins_of(tmp_path)
     asked = frozenset([*wanted, "000048", "no such key"])
     found: dict[str, list[int]] = defaultdict(list)
-    for exposure in exposures(sources, mixture, asked, STEPS * GLOBAL_BATCH, stood_in):
+    plan = plan_of(config, inputs, sources, mixture, 5)
+    for exposure in exposures(sources, plan, asked, STEPS * GLOBAL_BATCH, GLOBAL_BATCH, stood_in):
         found[exposure.key] += exposure.positions
+        assert exposure.as_partner == []
     assert found.pop("000048") == [] and "no such key" not in found
     assert {key: sorted(positions) for key, positions in found.items() if positions} == wanted
+
+
+def test_with_whose_texts_a_picture_was_shown(shards: str, tokenizer: str, inputs: InputSpec):
+    """Without random crops a picture is told by its pixels, whoever's text it comes with."""
+    config = DataConfig(shards, tokenizer, workers=0, lanes=6, image=ImageConfig(crop_scale=(1, 1)))
+    wanting = replace(inputs, partners=True, tasks=(("itm", 2), ("mlm", 1)), masked_words=WordMasking())
+    batches = global_batches(config, wanting, STEPS)
+    names = {
+        pixels.numpy().tobytes(): key for batch in batches for key, pixels in zip(batch.keys, batch.pictures.pixels)
+    }
+    assert len(names) == 97
+    shown: dict[str, list[int]] = defaultdict(list)
+    for batch in batches:
+        if batch.partners is not None:
+            rows = zip(batch.partners.pictures.pixels, batch.partners.matches.tolist(), batch.positions.tolist())
+            for pixels, match, position in rows:
+                if not match:
+                    shown[names[pixels.numpy().tobytes()]].append(position)
+    sources, mixture = open_sources(config, SEED, check_shards=True)
+    plan = plan_of(config, wanting, sources, mixture, SEED)
+    own: dict[int, str] = {p: key for batch in batches for key, p in zip(batch.keys, batch.positions.tolist())}
+    found = 0
+    for exposure in exposures(sources, plan, frozenset(names.values()), STEPS * GLOBAL_BATCH, GLOBAL_BATCH):
+        others = [position for position in exposure.as_partner if own[position] != exposure.key]  # not its own partner
+        assert others == sorted(shown[exposure.key])
+        found += len(others)
+    assert found == sum(map(len, shown.values())) > 70

@@ -15,7 +15,7 @@ from mmpt.data.loader import DataConfig, build_loader, eval_batches
 from mmpt.data.manifest import FILE_NAME
 from mmpt.data.tar import ShardError
 from mmpt.data.text import load_tokenizer
-from mmpt.inputs import InputSpec
+from mmpt.inputs import InputSpec, WordMasking
 from tests.data.batches import GLOBAL_BATCH, VARIED, assert_same, global_batches, resumed, take
 from tests.data.shards import caption, picture, write_shards
 
@@ -155,8 +155,14 @@ def test_the_fingerprint_tells_when_a_state_means_something_else(config: DataCon
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_no_tensor(config: DataConfig, inputs: InputSpec, workers: int):
-    alone = global_batches(config, inputs, 7)
-    for a, b in zip(alone, global_batches(replace(config, workers=workers), inputs, 7), strict=True):
+    """Of all that a method may ask for."""
+    wanting = replace(
+        inputs, partners=True, masked_words=WordMasking(whole_words=True), draws=2, extra_views=1,
+        tasks=(("itm", 1), ("mlm", 1)),
+    )  # fmt: skip
+    alone = global_batches(config, wanting, 7)
+    assert {batch.task for batch in alone} == {"itm", "mlm"}
+    for a, b in zip(alone, global_batches(replace(config, workers=workers), wanting, 7), strict=True):
         assert_same(a, b)
 
 

@@ -245,6 +245,15 @@ def test_evaluation_has_regions_and_stops_where_there_are_none(config: DataConfi
     assert batch.masked_regions is None and batch.partners is None and len(known) == 9
 
 
+def test_streams_have_regions_too(config: DataConfig, wanting: InputSpec):
+    stream = replace(config, shards="", stream=f"{config.shards}/00001.tar", max_quarantined_share=1.0)
+    loader = build_loader(stream, replace(wanting, partners=False), SEED, 8, 0, 1)
+    batch = next(loader)
+    loader.close()
+    assert_regions_of(batch.pictures.regions, [int(key) for key in batch.keys])
+    assert batch.masked_regions is not None
+
+
 def test_files_that_nobody_wants_are_left_unread(config: DataConfig):
     manifest = load_manifest(config.shards)
     place = np.array([0]), np.array([3])
