@@ -9,12 +9,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launcher import bad_nodes, queue_client
 from launcher.ending import Ending, ending_of
 from launcher.plan import SWEEP_FILE
-from launcher.progress import reached_step
+from launcher.progress import last_words, reached_step
 from launcher.queue_client import JobState, QueueError
 from launcher.record import STOP, Attempt, Launch, append_attempt, read_attempts, read_launch
 from launcher.restart import Decision, Situation, decide
@@ -65,18 +66,23 @@ def outside_of(state: JobState, restarts: int, now: float) -> str:
     return "time limit" if now >= state.ends_by_limit - 1 else "cancelled"
 
 
-def conclude(run_dir: Path, ending: Ending, job: str, restarts: int, outside: str) -> Decision:
-    """Decide, say so, and write it down."""
+def conclude(
+    run_dir: Path, ending: Ending, job: str, restarts: int, outside: str, stop_asked: bool = False
+) -> Decision:
+    """Decide, say so, and write it down; the same for a job and for a local run."""
     launch, earlier = read_launch(run_dir), read_attempts(run_dir)
+    words, unfit = last_words(run_dir, max([launch.submitted, *(attempt.time for attempt in earlier)]))
+    ending = replace(ending, words=words)
     decision = decide(
         Situation(
-            ending, (run_dir / STOP).exists(), outside, restarts, reached_step(run_dir), earlier, launch.max_restarts,
-            launch.max_fruitless_restarts,
+            ending, stop_asked or (run_dir / STOP).exists(), outside, restarts, reached_step(run_dir), earlier,
+            launch.max_restarts, launch.max_fruitless_restarts,
         )
     )  # fmt: skip
     append(run_dir, job, restarts, ending, decision)
-    if decision.blame:
-        bad_nodes.blame(Path(launch.bad_nodes), decision.blame, ending.told(), decision.exclude)
+    if decision.blame and launch.executor == "slurm":
+        for node in unfit or {decision.blame: ""}:
+            bad_nodes.blame(Path(launch.bad_nodes), node, unfit.get(node) or ending.told(), decision.exclude)
     return decision
 
 

@@ -20,6 +20,8 @@ class Ending:
     host: str = ""
     node_failed: bool = False
     """The node itself was lost."""
+    words: str = ""
+    """What train.py said of it."""
 
     def told(self) -> str:
         """`rank 3 on gpu017 was killed by signal 9 (Killed)`."""
@@ -37,7 +39,8 @@ class Ending:
         }
         if self.killed_by:
             return f"{who}{where} was killed by signal {self.killed_by} ({signal.strsignal(self.killed_by)})"
-        return f"{who}{where} {meaning.get(self.status, f'ended with status {self.status}')}"
+        what = f"{who}{where} {meaning.get(self.status, f'ended with status {self.status}')}"
+        return f"{what}: {self.words}" if self.words and self.status != SAVED else what
 
     @property
     def killed_by(self) -> int:

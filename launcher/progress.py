@@ -11,6 +11,8 @@ import yaml
 from launcher.record import read_json, read_lines
 
 TAIL_BYTES = 1 << 16
+WORDS = 300
+"""Characters of an error that are passed on."""
 
 
 def reached_step(run_dir: Path) -> int:
@@ -31,6 +33,23 @@ def last_record(run_dir: Path) -> dict[str, Any]:
 
 def last_event(run_dir: Path) -> dict[str, Any]:
     return next((line for line in last_lines(run_dir / "events.jsonl") if "event" in line), {})
+
+
+def last_words(run_dir: Path, since: float) -> tuple[str, dict[str, str]]:
+    """What train.py said last of how an attempt ended, in one line, and {node: reason} of nodes that it found unfit.
+
+    since: Unix seconds; what is older belongs to an attempt before.
+    """
+    event = last_event(run_dir)
+    if float(event.get("time", 0.0)) < since:
+        return "", {}
+    unfit = event.get("unfit", {})
+    words = {
+        "crash": event.get("error", ""),
+        "hang": f"in {event.get('phase', 'an unknown phase')}",
+        "preflight": "; ".join(f"{node}: {reason}" for node, reason in unfit.items()),
+    }.get(str(event.get("event")), "")
+    return " ".join(str(words).split())[:WORDS], unfit
 
 
 def last_lines(path: Path) -> list[dict[str, Any]]:

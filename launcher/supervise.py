@@ -18,12 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.after import append
+from launcher.after import conclude
 from launcher.ending import Ending, first_ending
-from launcher.progress import reached_step
 from launcher.ranks import free_port
-from launcher.record import STOP, read_attempts, read_launch, write_json
-from launcher.restart import Decision, Situation, decide
+from launcher.record import STOP, write_json
 
 PR_SET_PDEATHSIG = 1
 POLL_SECONDS = 0.1
@@ -70,22 +68,11 @@ class Supervisor:
         restarts = 0
         while True:
             ending = self._attempt(restarts)
-            decision = self._decide(ending, restarts)
-            append(self.run_dir, job, restarts, ending, decision)
+            decision = conclude(self.run_dir, ending, job, restarts, outside="", stop_asked=self._stopping)
             if decision.action != "restart":
                 return 0 if decision.action == "finished" else ending.status
             restarts += 1
             pause(PAUSE_SECONDS)
-
-    def _decide(self, ending: Ending, restarts: int) -> Decision:
-        launch = read_launch(self.run_dir)
-        stopping = self._stopping or (self.run_dir / STOP).exists()
-        return decide(
-            Situation(
-                ending, stopping, "", restarts, reached_step(self.run_dir), read_attempts(self.run_dir),
-                launch.max_restarts, launch.max_fruitless_restarts,
-            )
-        )  # fmt: skip
 
     def _attempt(self, restarts: int) -> Ending:
         """Start every rank, wait for every rank; how the first bad one ended."""

@@ -22,7 +22,14 @@ def init(timeout_seconds: float = 600.0) -> torch.device:
     """Join the process group that the launcher's environment describes, or make a group of one; return our device.
 
     The launcher sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. NCCL on CUDA, gloo elsewhere.
+    ValueError where srun started several of us and nobody set them: each would train alone in the same directory.
     """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "RANK" not in os.environ:
+        raise ValueError(
+            f"srun started {tasks} tasks and none knows its rank (nor does `deepspeed --launcher slurm` tell them); "
+            "use mmpt-launch, or srun ... python -m launcher.ranks -- python mmpt/train.py ..."
+        )
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -72,8 +79,8 @@ def node_name() -> str:
 
 
 def launched_rank() -> int:
-    """The rank that the launcher gave this process, known before `init`."""
-    return int(os.environ.get("RANK", "0"))
+    """The rank that the launcher or srun gave this process, known before `init`."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0")
 
 
 def first_to_fail() -> bool:

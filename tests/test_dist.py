@@ -91,3 +91,13 @@ def fails_on_one(rank: int, world_size: int) -> None:
 def test_the_runner_shows_what_a_rank_raised() -> None:
     with pytest.raises(AssertionError, match="rank one has had enough"):
         run(fails_on_one, 2, timeout_seconds=60)
+
+
+def test_tasks_of_srun_that_know_no_rank_do_not_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`deepspeed --launcher slurm` starts them so; each would take itself for rank 0 of one."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(ValueError, match=r"srun started 16 tasks .* launcher\.ranks"):
+        dist.init()
+    assert dist.launched_rank() == 3, "so that one of them speaks"

@@ -75,6 +75,29 @@ def test_an_unfit_node_is_excluded_and_remembered(slurm, run_dir: Path) -> None:
     assert held.keys() == {"gpu017"}
 
 
+def test_all_nodes_that_train_py_found_unfit_are_excluded_with_its_reason(slurm, run_dir: Path) -> None:
+    calls = slurm("scontrol", RUNNING)
+    unfit = {"gpu017": "cuda:3: 1 of 4096 rows of a matrix product are wrong", "gpu018": "/dev/shm has 3 MiB free"}
+    event = {"time": time.time(), "event": "preflight", "step": 0, "attempt": 1, "ok": False, "unfit": unfit}
+    (run_dir / "events.jsonl").write_text(json.dumps(event) + "\n")
+    assert end(run_dir, 77, "srun: error: gpu018: tasks 136-143: Exited with exit code 77\n") == 0
+    held = bad_nodes.read(run_dir.parent / "bad_nodes.json")
+    assert {name: node.reason for name, node in held.items()} == unfit
+    assert calls.read_text().splitlines()[-1] == "scontrol update JobId=7 ExcNodeList=gpu001,gpu017,gpu018"
+    assert "gpu017: cuda:3: 1 of 4096 rows" in read_attempts(run_dir)[0].reason
+
+
+def test_the_error_of_a_crash_is_passed_on_but_not_that_of_an_earlier_one(slurm, run_dir: Path) -> None:
+    slurm("scontrol", RUNNING)
+    event = {"time": time.time(), "event": "crash", "step": 40, "attempt": 1, "error": "shard 7\nis damaged"}
+    (run_dir / "events.jsonl").write_text(json.dumps(event) + "\n")
+    failed = "srun: error: n0: task 0: Exited with exit code 1\n"
+    assert end(run_dir, 1, failed) == 0
+    assert read_attempts(run_dir)[0].reason == "rank 0 on n0 failed: shard 7 is damaged"
+    assert end(run_dir, 1, failed) == 0
+    assert read_attempts(run_dir)[1].reason == "rank 0 on n0 failed"
+
+
 def test_a_task_of_an_array_is_named_as_scontrol_wants_it(slurm, run_dir: Path, monkeypatch) -> None:
     calls = slurm("scontrol", RUNNING)
     sweep = run_dir.parent
