@@ -67,13 +67,16 @@ def _limit_seconds(text: str) -> float:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
+def states(jobs: Sequence[str], timeout_seconds: float = TIMEOUT_SECONDS) -> dict[str, tuple[str, str]]:
     """{job: (state, reason)} of those jobs that are in the queue, in one question. QueueError."""
     if not jobs:
         return {}
     wanted = {job.partition("_")[0] for job in jobs}
     # Jobs that are over may be unknown by now; squeue then fails for the whole list but still prints the others.
-    done = _run("squeue", "--noheader", "--array", "--jobs", ",".join(sorted(wanted)), "--format", "%i|%T|%r")
+    done = _run(
+        "squeue", "--noheader", "--array", "--jobs", ",".join(sorted(wanted)), "--format", "%i|%T|%r",
+        timeout_seconds=timeout_seconds,
+    )  # fmt: skip
     found = {}
     for line in done.stdout.splitlines():
         job, _, rest = line.strip().partition("|")
@@ -119,11 +122,13 @@ def call(*command: str) -> str:
     return done.stdout
 
 
-def _run(*command: str) -> subprocess.CompletedProcess:
+def _run(*command: str, timeout_seconds: float = TIMEOUT_SECONDS) -> subprocess.CompletedProcess:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise QueueError(f"{command[0]}: {error}") from error
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds)
+    except OSError as error:
+        raise QueueError(f"{command[0]}: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise QueueError(f"{command[0]} has not answered for {timeout_seconds:g} seconds") from error
 
 
 def _one_line(text: str) -> str:

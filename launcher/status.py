@@ -22,6 +22,10 @@ from launcher.progress import (
 )
 from launcher.record import LAUNCH, Attempt, Launch, read_attempts, read_launch
 
+Queue = Mapping[str, tuple[str, str]]
+"""{job: (state, reason)}"""
+Facts = Mapping[str, Any]
+LONG_SECONDS = 60.0
 COLOURS = {
     "running": "green", "finished": "blue", "queued": "cyan", "starting": "cyan", "restarting": "cyan",
     "stopped": "yellow", "stale": "bold red", "failed": "bold red", "dead": "bold red", "unknown": "magenta",
@@ -55,18 +59,18 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted({p for p in places if (p / LAUNCH).is_file() or (p / "recipe.yaml").is_file()})
 
 
-def rows(folder: Path, queue: Mapping[str, tuple[str, str]], now: float) -> list[Row]:
-    """One row for each run, in the order of their names. `queue`: squeue's answer for their jobs."""
+def rows(folder: Path, queue: Queue | None, now: float) -> list[Row]:
+    """One row for each run, in the order of their names. `queue`: squeue's answer for their jobs; none: unknown."""
     return [row_of(path, folder, queue, now) for path in find_runs(folder)]
 
 
-def row_of(path: Path, folder: Path, queue: Mapping[str, tuple[str, str]], now: float) -> Row:
+def row_of(path: Path, folder: Path, queue: Queue | None, now: float) -> Row:
     launch, damage = launch_of(path)
     total, batch = recipe_numbers(path)
     record, step = last_record(path), reached_step(path)
     speed = _number(record.get("samples_per_second"))
     _, saved = newest_checkpoint(path)
-    state, note = state_of(path, launch, queue.get(launch.job) if launch else None, now)
+    state, note = state_of(path, launch, queue, now)
     note = damage or note
     if state == "finished" and total is not None and step < total:
         state, note = "stopped", note or "where run.stop_at_step said"
@@ -88,40 +92,56 @@ def launch_of(path: Path) -> tuple[Launch | None, str]:
         return None, str(error)
 
 
-def state_of(path: Path, launch: Launch | None, queued: tuple[str, str] | None, now: float) -> tuple[str, str]:
+def state_of(path: Path, launch: Launch | None, queue: Queue | None, now: float) -> tuple[str, str]:
     """(state, note), from whichever of heartbeat, events, attempts and queue spoke last."""
     beat, event = heartbeat(path), last_event(path)
-    attempts = read_attempts(path) if launch else []
-    since = launch.submitted if launch else 0.0
-    age = now - float(beat.get("time", 0.0))
-    ended = attempts[-1] if attempts and attempts[-1].time >= max(since, float(beat.get("time", 0.0))) else None
+    queued = queue.get(launch.job) if queue and launch else None
+    beaten, since = float(beat.get("time", 0.0)), launch.submitted if launch else 0.0
+    attempts = [attempt for attempt in read_attempts(path) if attempt.time >= since] if launch else []
+    ended = attempts[-1] if attempts and attempts[-1].time >= beaten else None
     if ended and ended.action in ("finished", "stopped", "failed"):
         return ended.action, ended.reason
     if event.get("event") == "finish":
         return "finished", ""
     if queued and queued[0] in LIVE_STATES and queued[0] != "RUNNING":
         why = queued[1] if queued[1] not in ("", "None") else queued[0].lower()
-        return ("restarting", _after(why, ended)) if attempts and attempts[-1].time >= since else ("queued", why)
-    if age < STALE_SECONDS and not ended:
-        phase = str(beat.get("phase", ""))
-        return "running", "" if phase in ("step", "train", "") else phase
-    living = bool(queued) or bool(launch and launch.executor == "local" and supervisor(launch))
-    if living and (ended or float(beat.get("time", 0.0)) < since):
-        return ("restarting", _after("", ended)) if ended else ("starting", "")
+        return ("restarting", _after(why, ended)) if attempts else ("queued", why)
+    if now - beaten < STALE_SECONDS and not ended:
+        return "running", _place(beat, now)
+    unknown = queue is None and launch is not None and launch.executor == "slurm"
+    if not (queued or unknown or (launch and launch.executor == "local" and supervisor(launch))):
+        return _abandoned(launch, beat, event, now)
+    if ended:
+        return "restarting", _after("", ended)
+    return ("starting", "") if beaten < since else ("stale", _last_heard(beat, now))
+
+
+def _abandoned(launch: Launch | None, beat: Facts, event: Facts, now: float) -> tuple[str, str]:
+    """Of a run that nobody runs any more."""
+    if event.get("event") == "stop" and not launch:
+        return "stopped", ""
     if beat:
-        words = f"last heartbeat {duration(age)} ago, in {beat.get('phase', 'an unknown phase')}"
-        return ("stale" if living else "dead"), words + ("" if living else _last_words(event))
+        return "dead", _last_heard(beat, now) + (f"; last event: {event['event']}" if event else "")
     if launch and launch.executor == "slurm" and not launch.job:
         return "failed", "it was not submitted"
-    return ("unknown", "no heartbeat yet") if launch else ("unknown", "not started by the launcher")
+    return "unknown", "no heartbeat yet" if launch else "not started by the launcher"
+
+
+def _place(beat: Facts, now: float) -> str:
+    """The phase of a run that is alive, where it is another than training or lasts long."""
+    phase, stood = str(beat.get("phase", "")), now - float(beat.get("since", now))
+    if stood > LONG_SECONDS:
+        return f"{phase} for {duration(stood)}"
+    return "" if phase in ("", "step", "data") else phase
+
+
+def _last_heard(beat: Facts, now: float) -> str:
+    ago = duration(now - float(beat.get("time", 0.0)))
+    return f"last heartbeat {ago} ago, in {beat.get('phase', 'an unknown phase')}"
 
 
 def _after(why: str, ended: Attempt | None) -> str:
     return "; ".join(part for part in (ended.reason if ended else "", why) if part)
-
-
-def _last_words(event: Mapping[str, Any]) -> str:
-    return f"; last event: {event['event']}" if event else ""
 
 
 def table(found: Iterable[Row], title: str) -> Group:

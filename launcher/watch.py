@@ -14,6 +14,8 @@ from launcher.queue_client import QueueError
 from launcher.status import LINE_HEADER, Row, find_runs, launch_of, line, rows, table
 
 REFRESH_SECONDS = 5.0
+QUEUE_SECONDS = 5.0
+"""A controller that is away must not keep the rest of the table from us."""
 
 
 def status(words: Sequence[str]) -> int:
@@ -66,9 +68,9 @@ def look(folder: Path) -> tuple[list[Row], str]:
     queue, problem = {}, ""
     if jobs:
         try:
-            queue = queue_client.states(jobs)
+            queue = queue_client.states(jobs, QUEUE_SECONDS)
         except QueueError as error:
-            problem = str(error)
+            queue, problem = None, str(error)
     return rows(folder, queue, time.time()), problem
 
 

@@ -18,6 +18,7 @@ NOW = 1_800_000_000.0
 def make_run(
     folder: Path, name: str, step: int = 500, beat_ago: float | None = 3.0, job: str = "7",
     events: tuple[str, ...] = (), attempt: tuple[str, int, str] | None = None, phase: str = "step",
+    since_ago: float = 3.0,
 ) -> Path:  # fmt: skip
     """A run of 1000 steps of 64 pairs; `attempt`: (action, seconds ago, reason) of the last one that ended."""
     run_dir = folder / name
@@ -27,7 +28,7 @@ def make_run(
         Launch(str(run_dir), "slurm-a100", "slurm", (), {}, "", "", "", "", job, "", NOW - 9000, 100, 3, 1, "bad.json")
     )
     if beat_ago is not None:
-        beat = {"time": NOW - beat_ago, "step": step, "phase": phase, "since": NOW - beat_ago}
+        beat = {"time": NOW - beat_ago, "step": step, "phase": phase, "since": NOW - since_ago}
         (run_dir / "heartbeat/rank-0.json").write_text(json.dumps(beat))
         record = {"step": step - 3, "loss": 2.34567, "samples_per_second": 3200.0}
         (run_dir / "metrics.jsonl").write_text(json.dumps(record) + '\n{"step": 500, "eval/x": 1}\n{"cut sho')
@@ -48,6 +49,7 @@ def make_run(
     [
         ({}, ("RUNNING", "None"), "running", ""),
         ({"phase": "evaluate"}, ("RUNNING", "None"), "running", "evaluate"),
+        ({"phase": "data", "since_ago": 95.0}, ("RUNNING", "None"), "running", "data for 1m 35s"),
         ({}, None, "running", ""),
         ({"beat_ago": None}, ("PENDING", "Priority"), "queued", "Priority"),
         ({"beat_ago": None}, ("RUNNING", "None"), "starting", ""),
@@ -72,6 +74,12 @@ def test_states(tmp_path: Path, facts: dict, queued: tuple[str, str] | None, sta
     assert (row.state, row.note) == (state, note)
 
 
+def test_where_the_queue_is_unknown_nothing_is_called_dead(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, "a", beat_ago=300.0)
+    assert row_of(run_dir, tmp_path, {}, NOW).state == "dead"
+    assert row_of(run_dir, tmp_path, None, NOW).state == "stale"
+
+
 def test_numbers(tmp_path: Path) -> None:
     row = row_of(make_run(tmp_path, "a", events=("start", "save", "resume", "resume")), tmp_path, {}, NOW)
     assert (row.step, row.total_steps, row.loss, row.samples_per_second) == (500, 1000, 2.34567, 3200.0)
@@ -88,8 +96,9 @@ def test_a_long_file_is_read_from_its_end(tmp_path: Path) -> None:
 
 def test_runs_of_other_origins_and_damaged_ones_do_not_spoil_the_table(tmp_path: Path) -> None:
     """`deepspeed mmpt/train.py` writes no launch.json; a half-written file is no reason to see nothing."""
-    by_hand = make_run(tmp_path, "by-hand")
+    by_hand, stopped = make_run(tmp_path, "by-hand"), make_run(tmp_path, "stopped", beat_ago=900.0, events=("stop",))
     (by_hand / "launch.json").unlink()
+    (stopped / "launch.json").unlink()
     damaged = make_run(tmp_path, "damaged")
     for name in ("recipe.yaml", "metrics.jsonl", "heartbeat/rank-0.json", "attempts.jsonl", "events.jsonl"):
         (damaged / name).write_text('{"a": [')
@@ -97,7 +106,7 @@ def test_runs_of_other_origins_and_damaged_ones_do_not_spoil_the_table(tmp_path:
     make_run(tmp_path / "sweep", "lr=1")
     (tmp_path / "empty").mkdir()
     found = {row.name: row.state for row in rows(tmp_path, {}, NOW)}
-    assert found == {"by-hand": "running", "damaged": "unknown", "sweep/lr=1": "running"}
+    assert found == {"by-hand": "running", "damaged": "unknown", "stopped": "stopped", "sweep/lr=1": "running"}
 
 
 def many(folder: Path) -> list[Row]:
