@@ -149,7 +149,7 @@ def table(found: Iterable[Row], title: str) -> Group:
     made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     made.add_column("run", overflow="fold", min_width=8)
     made.add_column("state", no_wrap=True)
-    for name in ("step", "samples/s", "loss", "left", "saved", "restarts"):
+    for name in ("step", "samples\n/s", "loss", "left", "saved", "re-\nstarts"):
         made.add_column(name, justify="right", no_wrap=True)
     notes = []
     for row in found:

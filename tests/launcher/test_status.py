@@ -18,19 +18,19 @@ NOW = 1_800_000_000.0
 def make_run(
     folder: Path, name: str, step: int = 500, beat_ago: float | None = 3.0, job: str = "7",
     events: tuple[str, ...] = (), attempt: tuple[str, int, str] | None = None, phase: str = "step",
-    since_ago: float = 3.0,
+    since_ago: float = 3.0, total: int = 1000, loss: float = 2.34567, speed: float = 3200.0,
 ) -> Path:  # fmt: skip
     """A run of 1000 steps of 64 pairs; `attempt`: (action, seconds ago, reason) of the last one that ended."""
     run_dir = folder / name
     (run_dir / "heartbeat").mkdir(parents=True)
-    (run_dir / "recipe.yaml").write_text("run: {global_batch: 64, samples: 64000}\n")
+    (run_dir / "recipe.yaml").write_text(f"run: {{global_batch: 64, samples: {64 * total}}}\n")
     write_launch(
         Launch(str(run_dir), "slurm-a100", "slurm", (), {}, "", "", "", "", job, "", NOW - 9000, 100, 3, 1, "bad.json")
     )
     if beat_ago is not None:
         beat = {"time": NOW - beat_ago, "step": step, "phase": phase, "since": NOW - since_ago}
         (run_dir / "heartbeat/rank-0.json").write_text(json.dumps(beat))
-        record = {"step": step - 3, "loss": 2.34567, "samples_per_second": 3200.0}
+        record = {"step": step - 3, "loss": loss, "samples_per_second": speed}
         (run_dir / "metrics.jsonl").write_text(json.dumps(record) + '\n{"step": 500, "eval/x": 1}\n{"cut sho')
         saved = run_dir / f"checkpoints/step-{step - step % 100:08d}"
         saved.mkdir(parents=True)
@@ -111,16 +111,17 @@ def test_runs_of_other_origins_and_damaged_ones_do_not_spoil_the_table(tmp_path:
 
 def many(folder: Path) -> list[Row]:
     """As an operator might see them; `python -m tests.launcher.test_status` draws docs/status.svg from it."""
-    make_run(folder, "filip.vit_l14", 512, 3.0, events=("start", "resume"))
-    make_run(folder, "clip.vit_b16", 1000, 900.0, attempt=("finished", 890, ""))
-    make_run(folder, "rates/lr=1e-3", 120, 4.0, phase="evaluate")
-    make_run(folder, "rates/lr=3e-3", 240, 700.0, events=("start", "resume", "resume", "resume"),
-             attempt=("failed", 600, "rank 3 on gpu017 failed; 4 attempts in a row have not got past step 240"),
-             )  # fmt: skip
-    make_run(folder, "siglip.vit_b16", 77, 340.0, job="8", phase="data")
-    make_run(folder, "slip.vit_b16", 305, 100.0, job="9", events=("start",),
+    big, small = {"total": 332_032}, {"total": 20_000}
+    make_run(folder, "filip.vit_l14", 141_512, events=("start", "resume"), loss=1.8734, speed=38_410.0, **big)
+    make_run(folder, "clip.vit_b16", 20_000, 900.0, attempt=("finished", 890, ""), loss=2.0411, **small)
+    make_run(folder, "rates/lr=1e-3", 12_030, 4.0, phase="evaluate", since_ago=95.0, loss=2.2964, **small)
+    make_run(folder, "rates/lr=3e-3", 2_412, 700.0, events=("start", "resume", "resume", "resume"), loss=9.7021,
+             **small, attempt=("failed", 600, "rank 3 on gpu017 failed: the gradient was not finite in 20 steps in a row, up to "
+                      "step 2412; 4 attempts in a row have not got past step 2412"))  # fmt: skip
+    make_run(folder, "siglip.vit_b16", 7_701, 340.0, job="8", phase="data", loss=2.6120, **small)
+    make_run(folder, "slip.vit_b16", 3_050, 100.0, job="9", events=("start",), loss=3.1182, **small,
              attempt=("restart", 95, "node gpu031 was lost"))  # fmt: skip
-    make_run(folder, "albef.base", beat_ago=None, job="10")
+    make_run(folder, "albef.base", beat_ago=None, job="10", **big)
     queue = {"8": ("RUNNING", "None"), "9": ("PENDING", "BeginTime"), "10": ("PENDING", "Priority")}
     return rows(folder, queue, NOW)
 
@@ -133,16 +134,16 @@ def picture(found: list[Row], width: int) -> Console:
 
 def test_the_table_fits_a_narrow_terminal(tmp_path: Path) -> None:
     text = picture(many(tmp_path), 80).export_text()
-    assert all(word in text for word in ("512/1,000", "2.3457", "6m 40s", "restarts")) and "…" not in text
+    assert all(word in text for word in ("141,512/332,032", "1.8734", "6m 40s", "starts")) and "…" not in text
     assert max(map(len, text.splitlines())) <= 80
-    assert "rates/lr=3e-3: rank 3 on gpu017 failed; 4 attempts in a row" in text
+    assert "rates/lr=3e-3: rank 3 on gpu017 failed: the gradient was not finite" in text
 
 
 def test_lines_for_scripts(tmp_path: Path) -> None:
     found = many(tmp_path)
     table_of = [dict(zip(LINE_HEADER.split("\t"), line(row).split("\t"), strict=True)) for row in found]
     assert len(table_of) == 7 and table_of[0]["run"] == str(tmp_path / "albef.base")
-    assert table_of[0]["state"] == "queued" and table_of[0]["loss"] == "" and table_of[2]["step"] == "512"
+    assert table_of[0]["state"] == "queued" and table_of[0]["loss"] == "" and table_of[2]["step"] == "141512"
 
 
 def test_durations_and_discovery(tmp_path: Path) -> None:
