@@ -54,6 +54,7 @@ NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports} CPUs=6
 PartitionName=main Nodes=n[0-3] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=fragile Nodes=n[4-6] MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=cheap Nodes=n[7-8] MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=doomed Nodes=n[9-11] MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=n[7-8] MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
@@ -70,12 +71,12 @@ def _program(name: str) -> str | None:
 class Slurm:
     """`start`, use `environment` for every client command, `stop`.
 
-    Nodes n0 to n3 are for whoever comes, n4 to n6 (partition fragile) for a test that kills one, n7 and n8 for one that
-    is preempted: partition urgent takes them from partition cheap.
+    Nodes n0 to n3 are for whoever comes, n4 to n6 (partition fragile) and n9 to n11 (doomed) for tests that kill one,
+    n7 and n8 for one that is preempted: partition urgent takes them from partition cheap.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.nodes = folder, [f"n{i}" for i in range(9)]
+        self.folder, self.nodes = folder, [f"n{i}" for i in range(12)]
         self.conf = folder / "slurm.conf"
         self._processes: dict[str, subprocess.Popen] = {}
         self._stopping = threading.Event()

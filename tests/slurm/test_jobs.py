@@ -88,6 +88,8 @@ def crash_loop(cluster: Cluster) -> Path:
 def cancelled(cluster: Cluster) -> Path:
     run_dir = cluster.launch("cancelled", HOLD)
     wait_for(held(run_dir), 60)
+    again = [config(cluster.checkout.home), "--name", "cancelled", "--", "--recipe", "stub"]
+    assert "is running as job" in cluster.checkout.call(*again, status=2)
     assert "told to save and stop" in cluster.checkout.call("cancel", run_dir)
     return cluster.wait(run_dir)
 
@@ -117,6 +119,19 @@ def requeued_by_us(cluster: Cluster) -> Path:
     return cluster.wait(run_dir)
 
 
+def deaf_rank(cluster: Cluster) -> Path:
+    """Rank 0 ends because nothing moves; rank 1 does not hear that it should leave."""
+    return cluster.wait(cluster.launch("deaf", "1:0:6:76,1:1:2:hang"))
+
+
+def lost_first_node(cluster: Cluster) -> Path:
+    """The node with rank 0 and the batch script, so that nobody of us is left to decide anything."""
+    run_dir = cluster.launch("lost-first", HOLD, partition="doomed")
+    wait_for(held(run_dir), 60)
+    cluster.slurm.kill_node("n9")
+    return cluster.wait(run_dir)
+
+
 def fewer_nodes(cluster: Cluster) -> Path:
     """Cancelled on two nodes, started again on one, with the code it had."""
     run_dir = cluster.launch("fewer", HOLD)
@@ -142,7 +157,7 @@ def sweep(cluster: Cluster) -> Path:
     return cluster.checkout.home / "runs/sweep"
 
 
-SCENARIOS = (finishes, unfit_node, wrong_command, crash_loop, cancelled, scancelled, preempted, requeued_by_us,
+SCENARIOS = (lost_first_node, deaf_rank, finishes, unfit_node, wrong_command, crash_loop, cancelled, scancelled, preempted, requeued_by_us,
              fewer_nodes, range_of_nodes, sweep)  # fmt: skip
 
 
@@ -213,6 +228,21 @@ def test_who_made_way_goes_on_from_the_step_where_it_was(cluster: Cluster, done,
     assert [action for action, _ in outcomes(run_dir)] == ["restart", "finished"] and outcomes(run_dir)[0][1] == 75
     assert "rank 0 begins at step 6" in cluster.checkout.call("logs", run_dir)
     assert cluster.facts(run_dir)["Restarts"] == "1"
+
+
+def test_a_rank_that_hears_nothing_is_killed_and_the_run_goes_on(cluster: Cluster, done) -> None:
+    run_dir = done(deaf_rank)
+    assert outcomes(run_dir) == [("restart", 76), ("finished", 0)]
+    assert read_attempts(run_dir)[0].rank == "0" and "hung" in read_attempts(run_dir)[0].reason
+
+
+def test_the_loss_of_the_first_node_is_slurm_s_to_mend(cluster: Cluster, done) -> None:
+    run_dir = done(lost_first_node)
+    assert outcomes(run_dir) == [("finished", 0)], "the first attempt could not be written down"
+    facts = cluster.facts(run_dir)
+    assert facts["Restarts"] == "1" and facts["NodeList"] == "n[10-11]"
+    assert "rank 0 begins at step 5" in cluster.checkout.call("logs", run_dir), "from the last checkpoint"
+    assert cluster.checkout.call("list", run_dir).splitlines()[1].split("\t")[9] == "1"
 
 
 def test_a_run_goes_on_with_fewer_nodes(cluster: Cluster, done) -> None:
