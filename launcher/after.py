@@ -17,7 +17,7 @@ from launcher.ending import Ending, ending_of
 from launcher.plan import SWEEP_FILE
 from launcher.progress import last_words, reached_step
 from launcher.queue_client import JobState, QueueError
-from launcher.record import STOP, Attempt, Launch, append_attempt, read_attempts, read_launch
+from launcher.record import ATTEMPTS, STOP, Attempt, Launch, append_attempt, read_attempts, read_launch
 from launcher.restart import Decision, Situation, decide
 
 TRIES, PAUSE_SECONDS = 12, 10.0
@@ -81,15 +81,22 @@ def conclude(
     )  # fmt: skip
     append(run_dir, job, restarts, ending, decision)
     if decision.blame and launch.executor == "slurm":
-        for node in unfit or {decision.blame: ""}:
-            bad_nodes.blame(Path(launch.bad_nodes), node, unfit.get(node) or ending.told(), decision.exclude)
+        held = unfit or {decision.blame: ending.told()}
+        try:
+            for node, reason in held.items():
+                bad_nodes.blame(Path(launch.bad_nodes), node, reason, decision.exclude)
+        except OSError as error:
+            say(f"{launch.bad_nodes} could not be written: {error.strerror}")
     return decision
 
 
 def append(run_dir: Path, job: str, restarts: int, ending: Ending, decision: Decision) -> None:
     step = reached_step(run_dir)
     told = (ending.status, ending.rank, ending.host, step, decision.action, decision.reason)
-    append_attempt(run_dir, Attempt(time.time(), job, restarts, *told))
+    try:
+        append_attempt(run_dir, Attempt(time.time(), job, restarts, *told))
+    except OSError as error:  # a full disk; the log, on the same one, may still take a line
+        say(f"{run_dir / ATTEMPTS} could not be written: {error.strerror}")
     words = {"restart": "starting again", "failed": "giving up", "leave": "leaving it to SLURM"}
     why = f": {decision.reason}" if decision.reason else ""
     say(f"{words.get(decision.action, decision.action)} at step {step}{why}")

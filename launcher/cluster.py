@@ -112,9 +112,8 @@ def load_cluster(name: str) -> Cluster:
     path = Path(name) if name.endswith(".yaml") else CONFIGS / f"{name}.yaml"
     if not path.is_file():
         known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-        raise ValueError(
-            f"unknown cluster {name!r}{near_miss(name, known)} (known: {', '.join(known)}, or a .yaml file)"
-        )
+        named = f"known: {', '.join(known)}, or" if known else "give"
+        raise ValueError(f"unknown cluster {name!r}{near_miss(name, known)} ({named} the path of a .yaml file)")
     try:
         data = yaml.safe_load(path.read_text())
         if not isinstance(data, dict):

@@ -59,6 +59,8 @@ def package_files() -> list[Path]:
 def git_sha() -> str:
     """The commit of the checkout, "+changes" if tracked files differ; "" where there is no checkout."""
     try:
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT.resolve():
+            return ""  # a package installed somewhere below another checkout
         sha = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):

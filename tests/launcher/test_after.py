@@ -147,6 +147,19 @@ def test_where_requeueing_is_forbidden_the_cure_is_named(slurm, run_dir: Path) -
     assert last.action == "failed" and "denied" in last.reason and f"mmpt-launch requeue {run_dir}" in last.reason
 
 
+def test_on_a_full_disk_the_decision_stands(slurm, run_dir: Path, monkeypatch, capsys) -> None:
+    calls = slurm("scontrol", RUNNING)
+
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(after, "append_attempt", full)
+    monkeypatch.setattr(bad_nodes, "write_json", full)
+    assert end(run_dir, 77, "srun: error: gpu017: task 130: Exited with exit code 77\n") == 0
+    said = capsys.readouterr().out
+    assert said.count("could not be written: No space left on device") == 2 and "requeue 7" in calls.read_text()
+
+
 def test_what_slurm_did_to_a_job() -> None:
     state = JobState("RUNNING", 1, "", 1000.0)
     assert outside_of(state, 1, 500.0) == "" and outside_of(state, 0, 500.0) == "requeued"

@@ -115,10 +115,10 @@ def many(folder: Path) -> list[Row]:
     make_run(folder, "filip.vit_l14", 141_512, events=("start", "resume"), loss=1.8734, speed=38_410.0, **big)
     make_run(folder, "clip.vit_b16", 20_000, 900.0, attempt=("finished", 890, ""), loss=2.0411, **small)
     make_run(folder, "rates/lr=1e-3", 12_030, 4.0, phase="evaluate", since_ago=95.0, loss=2.2964, **small)
-    why = "rank 3 on gpu017 failed: the gradient was not finite in 20 steps in a row, up to step 2412; 4 attempts in a row"
+    why = "rank 3 on gpu017 failed: the gradient was not finite in 20 steps in a row, up to step 2412; 4 attempts"
     make_run(
         folder, "rates/lr=3e-3", 2_412, 700.0, events=("start", "resume", "resume", "resume"), loss=9.7021, **small,
-        attempt=("failed", 600, f"{why} have not got past step 2412"),
+        attempt=("failed", 600, f"{why} in a row have not got past step 2412"),
     )  # fmt: skip
     make_run(folder, "siglip.vit_b16", 7_701, 340.0, job="8", phase="data", loss=2.6120, **small)
     make_run(folder, "slip.vit_b16", 3_050, 100.0, job="9", events=("start",), loss=3.1182, **small,

@@ -157,8 +157,11 @@ def sweep(cluster: Cluster) -> Path:
     return cluster.checkout.home / "runs/sweep"
 
 
-SCENARIOS = (lost_first_node, deaf_rank, finishes, unfit_node, wrong_command, crash_loop, cancelled, scancelled, preempted, requeued_by_us,
-             fewer_nodes, range_of_nodes, sweep)  # fmt: skip
+SCENARIOS = (
+    lost_first_node, deaf_rank, finishes, unfit_node, wrong_command, crash_loop, cancelled, scancelled, preempted,
+    requeued_by_us, fewer_nodes, range_of_nodes, sweep,
+)  # fmt: skip
+"""What waits longest first."""
 
 
 @pytest.fixture(scope="module")
