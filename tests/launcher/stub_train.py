@@ -22,6 +22,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda received, _: told.append(received))
     (run_dir / "heartbeat").mkdir(parents=True, exist_ok=True)
+    meet(run_dir, rank)
     attempt_file = run_dir / f"attempts-of-rank-{rank}"
     attempt = len(attempt_file.read_text()) + 1 if attempt_file.exists() else 1
     attempt_file.write_text("x" * attempt)
@@ -61,6 +62,14 @@ def main() -> int:
     beat(run_dir, rank, total)
     event(run_dir, rank, "finish", total, attempt)
     return 0
+
+
+def meet(run_dir: Path, rank: int) -> None:
+    """Wait for the other ranks, as everyone does who joins a process group; the port is another in every attempt."""
+    port, world = os.environ["MASTER_PORT"], int(os.environ["WORLD_SIZE"])
+    (run_dir / f"here-{port}-{rank}").touch()
+    while not all((run_dir / f"here-{port}-{other}").exists() for other in range(world)):
+        time.sleep(0.01)
 
 
 def beat(run_dir: Path, rank: int, step: int) -> None:
