@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmpt import config
 from mmpt.convert import formats
+from mmpt.convert.from_open_clip import translate
 from mmpt.convert.import_run import detected, import_into
 from mmpt.convert.reading import read
 from mmpt.recipe import load
@@ -19,7 +20,7 @@ VERBS = {
 
 def run(verb: str, arguments: Sequence[str]) -> None:
     """ValueError, in one line, for whatever does not fit."""
-    {"import": run_import, "export": run_export}[verb](arguments)
+    {"import": run_import, "export": run_export, "from-open-clip": run_translation}[verb](arguments)
 
 
 def run_import(arguments: Sequence[str]) -> None:
@@ -68,3 +69,17 @@ def run_export(arguments: Sequence[str]) -> None:
     parsed = parser.parse_args(list(arguments))
     print("\n".join([*export_run(parsed.run_dir, parsed.out, parsed.to, parsed.tokenizer, parsed.partial),
                      f"written to {parsed.out}"]))  # fmt: skip
+
+
+def run_translation(arguments: Sequence[str]) -> None:
+    """Print the command, and what is left to do. ValueError for a flag or value that is not known."""
+    parser = argparse.ArgumentParser(
+        "mmpt from-open-clip", description="A training command of open_clip as one of mmpt; nothing is run."
+    )
+    parser.add_argument("command", metavar="COMMAND LINE", help="the whole command, in one pair of quotes")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs in all, where the command does not say")
+    parsed = parser.parse_args(list(arguments))
+    found = translate(parsed.command, parsed.gpus)
+    print(found.command())
+    if found.notes:
+        print("\n".join(["", "what is left to do, or to know:", *(f"  {note}" for note in found.notes)]))

@@ -8,7 +8,10 @@ import torch
 from mmpt import config
 from mmpt.recipe import Recipe, check_same_run, load, names, parse_arguments
 
-PUBLISHED = {"clip.vit_b32": 151_277_313, "clip.vit_b16": 149_620_737, "clip.vit_l14": 427_616_513}
+PUBLISHED = {
+    "clip.vit_b32": 151_277_313, "clip.vit_b16": 149_620_737, "clip.vit_l14": 427_616_513, "clip.rn50": 102_007_137,
+    "clip.chinese_vit_b16": 188_262_913,
+}  # fmt: skip
 
 
 def parameters(name: str) -> int:

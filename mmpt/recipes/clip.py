@@ -3,6 +3,7 @@
 Peak learning rates follow the paper: 5e-4 for B/32 and B/16, 4e-4 for L/14.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 from mmpt.data.image import ImageConfig
@@ -11,8 +12,10 @@ from mmpt.engine.build import EngineConfig
 from mmpt.engine.optim import OptimConfig
 from mmpt.evals.suite import EvalConfig
 from mmpt.methods.clip import CLIPConfig
+from mmpt.models.bert import bert
 from mmpt.models.dual_tower import DualTowerConfig
 from mmpt.models.image import ViTConfig, vit
+from mmpt.models.resnet import clip_resnet
 from mmpt.models.text import TextTransformerConfig
 from mmpt.models.transformer import TransformerConfig
 from mmpt.recipe import Recipe, RunConfig
@@ -45,6 +48,32 @@ def vit_b16() -> Recipe:
 def vit_l14() -> Recipe:
     """ViT-L/14 at 224 pixels, 427,616,513 parameters."""
     return _published("L", 14, text_width=768, embed_dim=768, lr=4e-4)
+
+
+def rn50() -> Recipe:
+    """ResNet-50 as CLIP modified it, 102,007,137 parameters."""
+    recipe = _published("B", 32, text_width=512, embed_dim=1024, lr=5e-4)
+    assert isinstance(recipe.method, CLIPConfig)
+    towers = replace(recipe.method.towers, image=clip_resnet("RN50"), project_image=False)
+    return replace(
+        recipe,
+        method=replace(recipe.method, towers=towers),
+        optim=replace(recipe.optim, betas=(0.9, 0.999), eps=1e-8),
+        run=replace(recipe.run, dir="runs/clip.rn50"),
+    )
+
+
+def chinese_vit_b16() -> Recipe:
+    """Chinese-CLIP's ViT-B/16 with RoBERTa-wwm-base (Yang et al. 2022), 188,262,913 parameters, to be imported."""
+    recipe = _published("B", 16, text_width=512, embed_dim=512, lr=2e-5)
+    assert isinstance(recipe.method, CLIPConfig)
+    towers = replace(recipe.method.towers, text=bert("base", vocab_size=21_128, max_tokens=52))
+    return replace(
+        recipe,
+        method=replace(recipe.method, towers=towers),
+        data=replace(recipe.data, tokenizer="hfl/chinese-roberta-wwm-ext"),
+        run=replace(recipe.run, dir="runs/clip.chinese_vit_b16"),
+    )
 
 
 def tiny() -> Recipe:

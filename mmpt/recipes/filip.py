@@ -5,6 +5,7 @@ times sqrt(batch / 512): 2e-3 at 40,960 for base, 8e-4 at 30,720 for large, both
 """
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 from mmpt.data.image import ImageConfig
@@ -45,6 +46,21 @@ def vit_b32() -> Recipe:
 def vit_l14() -> Recipe:
     """FILIP-large."""
     return _published("L", 14, text_width=768, batch=30_720, base_lr=8e-4)
+
+
+def wukong_vit_b32() -> Recipe:
+    """Noah-Wukong's ViT-B/32 (Gu et al. 2022), which reads Chinese and compares patches with pads; to be imported."""
+    recipe = vit_b32()
+    assert isinstance(recipe.method, FILIPConfig)
+    method, towers = recipe.method, recipe.method.towers
+    assert isinstance(towers.text, TextTransformerConfig)
+    text = replace(towers.text, vocab_size=21_128, max_tokens=32)
+    return replace(
+        recipe,
+        method=replace(method, towers=replace(towers, text=text), token_keep_ratio=1.0, zero_pads=True),
+        data=replace(recipe.data, tokenizer="bert-base-chinese"),
+        run=replace(recipe.run, dir="runs/filip.wukong_vit_b32"),
+    )
 
 
 def tiny() -> Recipe:
