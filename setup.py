@@ -45,7 +45,7 @@ setup(
             "ruff",
             "scipy",
             'triton; platform_system == "Linux" and platform_machine == "x86_64"',
-        ]
+        ],
     },
     entry_points={
         "console_scripts": [

@@ -16,6 +16,7 @@ import torch.distributed as torch_distributed
 from torch import Tensor
 
 from mmpt.batch import Tokens
+from mmpt.waits import waiting
 
 
 def init(timeout_seconds: float = 600.0) -> torch.device:
@@ -147,7 +148,8 @@ def max_over_ranks(x: Tensor) -> Tensor:
 def _all_reduce(x: Tensor, operation: Any) -> Tensor:
     out = x.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
-        torch_distributed.all_reduce(out, op=operation)
+        with waiting(x.device):
+            torch_distributed.all_reduce(out, op=operation)
     return out
 
 
@@ -206,13 +208,15 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.new_empty((world_size() * len(x), *x.shape[1:]))
-        torch_distributed.all_gather_single(out, x.contiguous())
+        with waiting(x.device):
+            torch_distributed.all_gather_single(out, x.contiguous())
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         own = grad.new_empty((len(grad) // world_size(), *grad.shape[1:]))
-        torch_distributed.reduce_scatter_single(own, grad.contiguous())
+        with waiting(grad.device):
+            torch_distributed.reduce_scatter_single(own, grad.contiguous())
         return own
 
 
@@ -255,8 +259,9 @@ class PassedOn:
 
     def wait(self) -> Tensor:
         """The previous rank's tensor."""
-        for work in self._works:
-            work.wait()
+        with waiting(self._sent.device):
+            for work in self._works:
+                work.wait()
         return self._arriving
 
 

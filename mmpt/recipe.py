@@ -104,6 +104,22 @@ def check_same_run(now: Recipe, before: Recipe) -> None:
             )
 
 
+def open_run_dir(recipe: Recipe) -> None:
+    """Make the run directory and save the recipe in it; ValueError if it holds a run of another recipe. Collective."""
+    run_dir, problem = Path(recipe.run.dir), ""
+    if dist.rank() == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            saved = run_dir / "recipe.yaml"
+            if saved.exists() and (run_dir / "metrics.jsonl").exists():
+                check_same_run(recipe, config.load_yaml(Recipe, saved))
+            config.save_yaml(recipe, saved)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    if problem := dist.broadcast_object(problem):
+        raise ValueError(problem)
+
+
 def load(name: str) -> Recipe:
     """The recipe of a name such as `clip.vit_b32`, or of a recipe.yaml. ValueError that names the near miss."""
     if name.endswith((".yaml", ".yml")):

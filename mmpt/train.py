@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mmpt import config, dist, exit_codes, failure
+from mmpt import dist, exit_codes, failure
 from mmpt.data import quarantine
 from mmpt.data.device import DeviceLoader
 from mmpt.data.loader import build_loader
@@ -26,11 +26,12 @@ from mmpt.engine.optim import learning_rate
 from mmpt.engine.progress import Progress
 from mmpt.engine.resume import checkpoints_of, resume
 from mmpt.engine.saver import Saver
+from mmpt.engine.spikes import Spikes
 from mmpt.engine.step import train_step
 from mmpt.engine.stopping import Ballot
 from mmpt.engine.writers import Writers
 from mmpt.evals.suite import evaluate
-from mmpt.recipe import Recipe, check_same_run, parse_arguments
+from mmpt.recipe import Recipe, open_run_dir, parse_arguments
 
 # All ranks meet an error of the command line; the launcher ends them all when one ends, and rank 0 should have spoken.
 WAIT_FOR_RANK_0_SECONDS = 60.0
@@ -64,22 +65,32 @@ def train(recipe: Recipe, guard: Guard) -> int:
     parts = recipe.micro_batches(world_size)
     check_precision(recipe.engine, device)
     guard.check(run_dir, device)
-    open_run_dir(run_dir, recipe)
+    open_run_dir(recipe)
     guard.open()
 
     torch.manual_seed(run.seed)
     method = recipe.method.build()
     micro_batch = run.global_batch // world_size // parts
     engine = build(method, recipe.engine, recipe.optim, micro_batch, device)
-    saver = Saver(checkpoints_of(run_dir), engine, run.keep_last, run.keep_every_steps)
+    status = None
+    with closing(Saver(checkpoints_of(run_dir), engine, run.keep_last, run.keep_every_steps)) as saver:
+        while status is None:  # after a rollback
+            status = train_from_checkpoint(recipe, engine, saver, guard)
+    return status
+
+
+def train_from_checkpoint(recipe: Recipe, engine: Engine, saver: Saver, guard: Guard) -> int | None:
+    """From where the run stands to its end; returns the exit status. None after a rollback: now it stands earlier."""
+    run, run_dir, rank, world_size = recipe.run, Path(recipe.run.dir), dist.rank(), dist.world_size()
     progress, notes = resume(run_dir, saver, engine, run.seed, run.init)
     loader = build_loader(
-        recipe.data, recipe.method.inputs(), run.seed, run.global_batch, dist.rank(), world_size, progress.data_state
-    )
-    deliveries = DeviceLoader(loader, device, recipe.cut(world_size), overlap=device.type == "cuda")
+        recipe.data, recipe.method.inputs(), run.seed, run.global_batch, rank, world_size, progress.data_state,
+        progress.left_out,
+    )  # fmt: skip
+    deliveries = DeviceLoader(loader, engine.device, recipe.cut(world_size), overlap=engine.device.type == "cuda")
     writers = Writers(run_dir, progress.step, recipe.total_steps())
-    with closing(deliveries), closing(writers), closing(saver):
-        progress.same_data(loader.fingerprint, run_dir)
+    with closing(deliveries), closing(writers):
+        progress.begin(loader.fingerprint, loader.state, run_dir)
         if not loader.exactly_once:
             notes.append("data.stream: exactly-once is off, samples are drawn with replacement and anew on every start")
         guard.begin(progress, notes, writers)
@@ -90,11 +101,12 @@ def train(recipe: Recipe, guard: Guard) -> int:
 def loop(
     recipe: Recipe, engine: Engine, deliveries: DeviceLoader, progress: Progress, writers: Writers, saver: Saver,
     guard: Guard,
-) -> int:  # fmt: skip
-    """Step after step, with records, evaluations and checkpoints when they are due. Returns the exit status."""
+) -> int | None:  # fmt: skip
+    """Step after step, with records, evaluations and checkpoints when they are due. Returns as the function above."""
     run, run_dir, total_steps = recipe.run, Path(recipe.run.dir), recipe.total_steps()
     last_step = min(total_steps, run.stop_at_step or total_steps)
-    metrics = Metrics(run.global_batch, engine.device)
+    metrics, spikes = Metrics(run.global_batch, engine.device), Spikes(run.spikes, progress.recent_losses)
+    recorded_step = progress.step
     if guard.told_before_start(saver, engine.device):
         return guard.leave(saver, progress, writers, late=False)
     while progress.step < last_step:
@@ -104,9 +116,9 @@ def loop(
         waited = time.perf_counter() - began
         guard.beat("step", progress.step)
         lr = learning_rate(recipe.optim, progress.applied_steps, total_steps)
-        result, terms = train_step(engine, delivery.micro_batches, lr, guard.ballot(saver))
+        result, terms = train_step(engine, delivery.micro_batches, lr, guard.ballot(saver), spikes.veto)
         heard = Ballot(*result.ballot)
-        progress.advance(result.applied, delivery.state, recipe.engine.max_consecutive_skips)
+        progress.advance(result.applied, delivery.state, run.global_batch)
         quarantine.append(run_dir, dist.rank(), delivery.quarantined)
         guard.hear(heard, saver, writers)
         guard.step_done(time.perf_counter() - began)
@@ -115,9 +127,15 @@ def loop(
         last = progress.step == last_step
 
         if last or progress.step % run.log_every_steps == 0:
-            record = metrics.record() | saver.record() | {"learning_rate": lr, "samples": progress.data_state}
-            record |= epochs(delivery.epochs)
-            writers.record(progress.step, record, SHOWN)
+            record = metrics.record() | saver.record() | epochs(delivery.epochs)
+            record |= {"learning_rate": lr, "samples": progress.step * run.global_batch}
+            record |= spikes.at_record(record["loss"])
+            writers.record(progress.step, record, SHOWN, metrics.straggler)
+            recorded_step, unrecorded_steps = progress.step, progress.step - recorded_step
+            if spikes.spike:
+                return guard.roll_back(spikes.spike, unrecorded_steps, saver, progress, writers, run.global_batch)
+        if stuck := progress.stuck(recipe.engine.max_consecutive_skips):
+            return guard.roll_back(stuck, progress.consecutive_skips, saver, progress, writers, run.global_batch)
         if heard.stop and not last:
             return guard.leave(saver, progress, writers, late=heard.late > 0)
         if progress.step == total_steps or due(progress.step, recipe.evals.every_steps):
@@ -133,22 +151,6 @@ def loop(
             if dist.rank() == 0:
                 quarantine.merge(run_dir)
     return guard.finish(progress, writers, total_steps)
-
-
-def open_run_dir(run_dir: Path, recipe: Recipe) -> None:
-    """Make the run directory and save the recipe in it; ValueError if it holds a run of another recipe. Collective."""
-    problem = ""
-    if dist.rank() == 0:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            saved = run_dir / "recipe.yaml"
-            if saved.exists() and (run_dir / "metrics.jsonl").exists():
-                check_same_run(recipe, config.load_yaml(Recipe, saved))
-            config.save_yaml(recipe, saved)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    if problem := dist.broadcast_object(problem):
-        raise ValueError(problem)
 
 
 def epochs(passes: tuple[float, ...]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from mmpt.batch import Batch
 from mmpt.data import storage, workers
 from mmpt.data.benchmark import load_benchmark
 from mmpt.data.image import ImageConfig
+from mmpt.data.left_out import Stretches, go_on
 from mmpt.data.manifest import load_manifest
 from mmpt.data.masking import check_masking
 from mmpt.data.mixture import Mixture, batch_positions
@@ -83,21 +84,22 @@ class Loader:
     """An endless iterator over this rank's part of each global batch; see `build_loader`.
 
     batches: (batch, its bad samples), one after another. mixture: the order they follow; None where there is none.
-    ahead: what fetches for them, to be ended with them.
+    left_out: see `build_loader`. ahead: what fetches for the batches, to be ended with them.
     """
 
     def __init__(
         self, batches: Iterator[Any], mixture: Mixture | None, fingerprint: str, global_batch: int, start: int,
-        max_quarantined_share: float, ahead: FetchAhead | None = None,
+        max_quarantined_share: float, left_out: Stretches = (), ahead: FetchAhead | None = None,
     ):  # fmt: skip
-        self.state = start
-        """Samples delivered so far, all ranks together, since the beginning of the run."""
+        self.state = go_on(start, left_out)
+        """The position of the next sample: samples delivered or left out so far, all ranks together, since the
+        beginning of the run."""
         self.fingerprint = fingerprint
         """Changes when anything does that gives the state another meaning: data, weights, seed, lanes, window."""
         self.exactly_once = mixture is not None
         """Whether each epoch holds each sample once, and a run that stopped goes on with the next sample."""
         self._batches, self._mixture, self._global_batch, self._ahead = batches, mixture, global_batch, ahead
-        self._max_quarantined_share = max_quarantined_share
+        self._max_quarantined_share, self._left_out = max_quarantined_share, left_out
         self._delivered, self._bad, self._quarantined = 0, 0, list[BadSample]()
 
     def __iter__(self) -> Self:
@@ -106,7 +108,7 @@ class Loader:
     def __next__(self) -> Batch:
         """Raises ValueError when too many samples could not be used, ShardError for a shard that cannot be trusted."""
         batch, bad = workers.take(self._batches)
-        self.state += self._global_batch
+        self.state = go_on(self.state + self._global_batch, self._left_out)
         self._delivered += len(batch)
         if bad:
             self._bad += len(bad)
@@ -136,21 +138,24 @@ class Loader:
 
 
 def build_loader(
-    config: DataConfig, inputs: InputSpec, seed: int, global_batch: int, rank: int, world_size: int, start: int = 0
-) -> Loader:
+    config: DataConfig, inputs: InputSpec, seed: int, global_batch: int, rank: int, world_size: int, start: int = 0,
+    left_out: Stretches = (),
+) -> Loader:  # fmt: skip
     """The training batches of one rank: B = global_batch // world_size pairs each, without end.
 
     start: the `state` of an earlier loader with the same shards, seed and lanes, of any world size, worker count and
     global batch: delivery goes on at the next sample. The batches of all ranks, one after another, do not depend on the
-    world size. Rank 0 checks that the shards are those of the manifest.
+    world size. left_out: stretches of whole batches that are not delivered (see left_out.py); a stream goes on behind
+    the last. Rank 0 checks that the shards are those of the manifest.
     Raises ValueError for anything amiss in the configuration, the manifest, the shards or the tokenizer.
     """
     if config.stream:
+        start = max([start, *(last for _, last in left_out)])
         return _stream_loader(config, inputs, seed, global_batch, rank, world_size, start)
     sources, mixture = open_sources(config, seed, check_shards=rank == 0)
     batch_positions(mixture, start, global_batch, rank, world_size)  # the checks, before any process starts
     pipeline = _pipeline(config, sources, inputs, seed)
-    plan, ahead = plan_of(config, inputs, sources, mixture, seed), None
+    plan, ahead = plan_of(config, inputs, sources, mixture, seed, left_out), None
     work = training_work(plan, start, global_batch, rank, world_size)
     if not all(storage.is_local(manifest.folder) for manifest in sources.manifests):
         cache = ChunkCache(config.cache, config.remote)
@@ -158,7 +163,7 @@ def build_loader(
         work = _announced(work, config.fetch_ahead_batches, sources, ahead)
     batches = workers.start(BatchMaker(pipeline, evaluation=False), work, config.workers)
     fingerprint = _fingerprint(sources, mixture)
-    return Loader(batches, mixture, fingerprint, global_batch, start, config.max_quarantined_share, ahead)
+    return Loader(batches, mixture, fingerprint, global_batch, start, config.max_quarantined_share, left_out, ahead)
 
 
 def _stream_loader(
@@ -203,12 +208,14 @@ def _pipeline(config: DataConfig, sources: Sources, inputs: InputSpec, seed: int
     )
 
 
-def plan_of(config: DataConfig, inputs: InputSpec, sources: Sources, mixture: Mixture, seed: int) -> Plan:
-    """What the training batches follow from: the orders, and what the method asks for."""
+def plan_of(
+    config: DataConfig, inputs: InputSpec, sources: Sources, mixture: Mixture, seed: int, left_out: Stretches = ()
+) -> Plan:
+    """What the training batches follow from: the orders, what the method asks for, and what is left out."""
     second = None
     if inputs.partners:
         second = sources.mixture(config.weights, partner_seed(seed), config.lanes, config.window_chunks)
-    return Plan(inputs, mixture, second, seed)
+    return Plan(inputs, mixture, second, seed, left_out)
 
 
 def _fingerprint(sources: Sources, mixture: Mixture) -> str:

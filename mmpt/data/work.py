@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmpt.data.left_out import Stretches, go_on
 from mmpt.data.manifest import Manifest
 from mmpt.data.mixture import Mixture, batch_positions, place_of
 from mmpt.data.partners import PartnerPlaces, partner_places
@@ -34,17 +35,20 @@ class Work(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the training batches of a run follow from. second: the order under `partner_seed`, where one is needed."""
+    """What the training batches of a run follow from. second: the order under `partner_seed`, where one is needed.
+    left_out: stretches that are not delivered."""
 
     inputs: InputSpec
     mixture: Mixture
     second: Mixture | None
     seed: int
+    left_out: Stretches = ()
 
 
 def training_work(plan: Plan, start: int, global_batch: int, rank: int, world_size: int) -> Iterator[Work]:
-    """The parts of one rank of the global batches that follow `start` delivered samples, without end."""
+    """The parts of one rank of the global batches that follow position `start`, without end."""
     while True:
+        start = go_on(start, plan.left_out)
         positions = batch_positions(plan.mixture, start, global_batch, rank, world_size)
         task, partners = task_of(plan.inputs.tasks, plan.seed, start, global_batch), None
         if plan.second is not None and inputs_for(plan.inputs, task).partners:

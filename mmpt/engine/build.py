@@ -14,7 +14,7 @@ from torch import Tensor
 from mmpt import dist
 from mmpt.engine.lamb import Lamb
 from mmpt.engine.optim import OptimConfig, build_optimizer, freeze, parameter_groups
-from mmpt.engine.partition import clear_gradient_shards, segments
+from mmpt.engine.partition import clear_gradient_shards, segments, spoil_gradients
 from mmpt.engine.teacher import advance
 from mmpt.methods.method import Method
 
@@ -140,13 +140,22 @@ class Engine:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
 
-    def step(self, lr: float) -> StepResult:
-        """One optimizer step at this learning rate, clipped, unless a gradient is not finite anywhere."""
+    def step(self, lr: float, dropped: bool = False) -> StepResult:
+        """One optimizer step at this learning rate, clipped, unless a gradient is not finite anywhere.
+
+        dropped: let it go the way of a gradient that is not finite, but for fp16's loss scale.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        if dropped:
+            spoil_gradients(self.deepspeed)
         if self.config.zero_stage == 0:
             return self._step_unsharded()
+        scaler = vars(self.deepspeed.optimizer.loss_scaler)
+        scale = scaler.copy()
         self.deepspeed.step()
+        if dropped:
+            scaler.update(scale)
         clear_gradient_shards(self.deepspeed)
         norm = self.deepspeed.get_global_grad_norm()
         applied = self.deepspeed.was_step_applied()

@@ -195,15 +195,17 @@ def load_parameters(checkpoint: Path, manifest: Manifest, engine: Engine) -> Non
 
 
 def _load_moments(pieces: Pieces, manifest: Manifest, engine: Engine) -> None:
-    """Optimizer moments and step. A checkpoint from before the first update has none."""
+    """Optimizer moments and step. A checkpoint from before the first update has none: then those there are go."""
     if not manifest.optimizer_step:
-        return
+        engine.optimizer.state.clear()
     by_flat: dict[int, list[Segment]] = defaultdict(list)
     for segment in segments(engine.deepspeed):
         by_flat[id(segment.flat)].append(segment)
     for group in engine.optimizer.param_groups:
         if "step" in group:  # apex keeps one step per group
             group["step"] = manifest.optimizer_step
+    if not manifest.optimizer_step:
+        return
     for owned in by_flat.values():
         flat = owned[0].flat
         state = engine.optimizer.state[flat]

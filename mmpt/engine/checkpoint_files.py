@@ -232,13 +232,16 @@ def _read_together(checkpoint: Path) -> Manifest | str:
     return dist.broadcast_object(found)
 
 
-def newest_valid(folder: Path) -> tuple[Path, Manifest, list[str]] | None:
+def newest_valid(folder: Path, at_most: int | None = None) -> tuple[Path, Manifest, list[str]] | None:
     """The newest checkpoint that is whole, with the reasons why newer ones were passed over. Collective.
 
-    None if the folder holds no checkpoint at all; ValueError if it holds some and none is valid.
+    at_most: of those up to this step. None if there is no such checkpoint at all; ValueError if there are some and none
+    is valid.
     """
     passed_over: list[str] = []
     for checkpoint in candidates(folder):
+        if at_most is not None and checkpoint.name > step_name(at_most):
+            continue
         manifest = _read_together(checkpoint)
         reason = manifest if isinstance(manifest, str) else damage(checkpoint, manifest)
         if isinstance(manifest, Manifest) and not reason:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,7 +14,9 @@ from mmpt.engine.events import Events
 from mmpt.engine.preflight import preflight, raise_for
 from mmpt.engine.progress import Progress
 from mmpt.engine.pulse import Limits, Pulse
+from mmpt.engine.rollback import roll_back
 from mmpt.engine.saver import Saved, Saver
+from mmpt.engine.spikes import SpikeConfig
 from mmpt.engine.stopping import Ballot, Stopping
 from mmpt.engine.writers import Writers
 from mmpt.failure import Forsaken, Hung
@@ -37,6 +39,7 @@ class GuardConfig:
     hang_exit_seconds: float = 300.0
     """No progress for this long, and the rank ends with status 76. Until the first step is done, in evaluations and
     saves it is engine.timeout_seconds, if that is longer."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self):
         if not 0 < self.hang_dump_seconds <= self.hang_exit_seconds:
@@ -62,6 +65,7 @@ class Guard:
         self._stopping = Stopping(config.grace_seconds, config.stop_before_seconds)
         self._pulse: Pulse | None = None
         self._step, self._steps_here, self._failed_saves = 0, 0, 0
+        self._begun = False
         self._step_seconds = deque[float]([], 20)
 
     def check(self, run_dir: Path, device: torch.device) -> None:
@@ -111,8 +115,10 @@ class Guard:
 
     def begin(self, progress: Progress, notes: list[str], writers: Writers) -> None:
         """Say how the run begins."""
-        again = self.events.attempt > 1
-        self.events.add("resume" if again else "start", progress.step, {"world_size": dist.world_size()})
+        if not self._begun:  # a rollback is an event of its own
+            kind = "resume" if self.events.attempt > 1 else "start"
+            self.events.add(kind, progress.step, {"world_size": dist.world_size()})
+        self._begun = True
         for note in notes:
             writers.say(note)
 
@@ -164,6 +170,22 @@ class Guard:
         lost = "; no time to save: the steps since the last checkpoint are lost" if late else ""
         writers.say(f"stopped at step {progress.step} ({reasons[0]}){lost}; the same command continues")
         return exit_codes.REQUEUE
+
+    def roll_back(
+        self, reason: str, steps: int, saver: Saver, progress: Progress, writers: Writers, global_batch: int
+    ) -> None:
+        """Go back to before the last `steps` steps and leave their data out. NotFinite if that is not allowed."""
+        self._step = progress.step
+        try:
+            self._note(saver.finish())
+        except OSError as error:
+            writers.say(str(error))
+        checkpoint, first, last = roll_back(saver.folder, progress, self._config.spikes, reason, steps, global_batch)
+        facts = {"reason": reason, "to": int(checkpoint.name.removeprefix("step-")), "left_out": [first, last]}
+        self.events.add("rollback", progress.step, facts)
+        writers.say(
+            f"step {progress.step}: {reason}; rolled back to {checkpoint}, leaving out positions {first} to {last - 1}"
+        )
 
     def finish(self, progress: Progress, writers: Writers, total_steps: int) -> int:
         """Say that the run ends as it should. Returns the exit status."""

@@ -8,15 +8,19 @@ import torch
 
 from mmpt import dist
 from mmpt.engine.build import StepResult
+from mmpt.engine.stragglers import Stragglers
 from mmpt.methods.method import Term
 
 
 class Metrics:
-    """Collects steps; `record` reduces and clears. Terms stay on the device until then."""
+    """Collects steps; `record` reduces and clears. Terms stay on the device until then. Construction is collective."""
 
     def __init__(self, pairs_per_step: int, device: torch.device):
         self.pairs_per_step, self.device = pairs_per_step, device
         self.skipped_steps = 0
+        self.straggler = ""
+        """A line about the rank that held the others up before the last record, if one did."""
+        self._stragglers = Stragglers(device)
         self._clear()
 
     def _clear(self) -> None:
@@ -35,6 +39,7 @@ class Metrics:
             )
         self._data_seconds += data_seconds
         self._step_seconds.append(step_seconds)
+        self._stragglers.add(data_seconds, step_seconds)
         self._grad_norm = result.grad_norm
         self.skipped_steps += not result.applied
 
@@ -76,8 +81,9 @@ class Metrics:
             "memory_gib": worst[5],
             "skipped_steps": float(self.skipped_steps),
         }
+        compared, self.straggler = self._stragglers.record()
         self._clear()
-        return out
+        return out | compared
 
 
 def _percentile(ordered: list[float], q: float) -> float:

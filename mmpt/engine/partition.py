@@ -125,3 +125,16 @@ def clear_gradient_shards(engine: Any) -> None:
     if engine.zero_optimization_stage() == 3:
         zero: Any = engine.optimizer
         zero.grad_partitions_flat_buffer.zero_()
+
+
+def spoil_gradients(engine: Any) -> None:
+    """Make the gradient that the next step would apply not finite, which makes it apply nothing, on any rank."""
+    if engine.zero_optimization_stage() == 0:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    elif engine.zero_optimization_stage() == 3:
+        gradients = [engine.optimizer.grad_partitions_flat_buffer]
+    else:
+        averaged = engine.optimizer.averaged_gradients
+        gradients = [gradient for group in averaged.values() for gradient in group if gradient is not None]
+    for gradient in gradients:
+        gradient.fill_(float("nan"))

@@ -1,9 +1,9 @@
 """What a run remembers between steps, besides the engine: kept in every checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmpt.failure import NotFinite
+from mmpt.data.left_out import join
 
 
 @dataclass
@@ -19,22 +19,35 @@ class Progress:
     data_fingerprint: str = ""
     """The loader's word for which data, in which order, that integer speaks of."""
     consecutive_skips: int = 0
+    left_out: list[list[int]] = field(default_factory=list)
+    """Stretches of positions that rollbacks have left out; see data/left_out.py."""
+    unapplied: list[list[int]] = field(default_factory=list)
+    """Stretches of positions whose batches came but whose updates were dropped."""
+    rollbacks: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """What the next loss is compared with; see engine/spikes.py."""
 
-    def advance(self, applied: bool, data_state: int, max_consecutive_skips: int) -> None:
-        """Count the step; NotFinite when too many in a row could not be applied. All ranks decide alike."""
+    def advance(self, applied: bool, data_state: int, global_batch: int) -> None:
+        """Count a step. data_state: where the data goes on after it."""
+        if not applied:
+            self.unapplied = join(self.unapplied, self.data_state, self.data_state + global_batch)
         self.step += 1
         self.data_state = data_state
         self.applied_steps += applied
         self.consecutive_skips = 0 if applied else self.consecutive_skips + 1
-        if self.consecutive_skips >= max_consecutive_skips:
-            raise NotFinite(
-                f"the gradient was not finite in {self.consecutive_skips} steps in a row, up to step {self.step}; "
-                "nothing was updated in them. The last checkpoint is whole: continue with a lower optim.lr or another "
-                "seed"
-            )
 
-    def same_data(self, fingerprint: str, run_dir: Path) -> None:
-        """Remember what data a run began with; ValueError when it is continued on other data."""
+    def stuck(self, max_consecutive_skips: int) -> str:
+        """Why this cannot go on: too many updates in a row were dropped; nothing if it can. All ranks decide alike."""
+        if self.consecutive_skips < max_consecutive_skips:
+            return ""
+        return (
+            f"{self.consecutive_skips} updates in a row, up to step {self.step}, were dropped because the gradient was "
+            "not finite, or the loss a spike. The last checkpoint is whole: continue with a lower optim.lr or another "
+            "seed"
+        )
+
+    def begin(self, fingerprint: str, data_state: int, run_dir: Path) -> None:
+        """Take the loader's word for where the data goes on; ValueError when a run is continued on other data."""
         if self.data_fingerprint not in ("", fingerprint):
             raise ValueError(f"the shards are not those that {run_dir} began with; choose another --run.dir")
-        self.data_fingerprint = fingerprint
+        self.data_fingerprint, self.data_state = fingerprint, data_state

@@ -38,7 +38,7 @@ class Saver:
     """Construction is collective. folder: where checkpoints are. keep_last, keep_every_steps: see `prune`."""
 
     def __init__(self, folder: Path, engine: Engine, keep_last: int, keep_every_steps: int):
-        self._folder, self._engine = folder, engine
+        self.folder, self._engine = folder, engine
         self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
         self._token: str = dist.broadcast_object(secrets.token_hex(2))
         self._memory, self._pool = Snapshot(), ThreadPoolExecutor(1, "checkpoint")
@@ -123,7 +123,7 @@ class Saver:
 
     def _write(self, captured: Capture) -> int:
         began = time.perf_counter()
-        temporary = temporary_of(self._folder, self._step, self._token)
+        temporary = temporary_of(self.folder, self._step, self._token)
         write_part(
             temporary, dist.rank(), self._memory.data(), captured.contents, captured.moments, captured.optimizer_step
         )
@@ -134,9 +134,9 @@ class Saver:
         if dist.rank() > 0:
             return 0
         began = time.perf_counter()
-        path, total_bytes = publish(self._folder, self._step, self._token, self._fields, dist.world_size())
+        path, total_bytes = publish(self.folder, self._step, self._token, self._fields, dist.world_size())
         self._took_seconds += time.perf_counter() - began
-        prune(self._folder, self._keep_last, self._keep_every_steps, protect=path)
+        prune(self.folder, self._keep_last, self._keep_every_steps, protect=path)
         return total_bytes
 
     def _give_up(self) -> None:
@@ -145,7 +145,7 @@ class Saver:
         error = self._work.exception()
         reasons = [text for text in dist.gather_objects(str(error) if error else "") if text]
         if dist.rank() == 0:
-            shutil.rmtree(temporary_of(self._folder, self._step, self._token), ignore_errors=True)
+            shutil.rmtree(temporary_of(self.folder, self._step, self._token), ignore_errors=True)
         raise OSError(f"checkpoint of step {self._step} was not saved: {'; '.join(reasons)}")
 
 

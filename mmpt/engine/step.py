@@ -1,6 +1,6 @@
 """One training step: forward, backward, update, over as many micro-batches as memory asks for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,12 @@ from mmpt.methods.method import Term, loss_of
 
 
 def train_step(
-    engine: Engine, micro_batches: list[Batch], lr: float, ballot: Sequence[float] = ()
-) -> tuple[StepResult, dict[str, Term]]:
+    engine: Engine, micro_batches: list[Batch], lr: float, ballot: Sequence[float] = (),
+    veto: Callable[[float], bool] | None = None,
+) -> tuple[StepResult, dict[str, Term]]:  # fmt: skip
     """One optimizer step on this rank's share of the global batch, given in micro-batches on the device.
+
+    veto: told the loss over all ranks, it says whether the update is to be dropped; all ranks must say the same.
 
     Returns what the step did, with the ballot's numbers summed over ranks, and the terms of the loss as local (sum,
     count), detached and still on the device. The ballot travels with the counts, and is read when the optimizer has
@@ -27,7 +30,8 @@ def train_step(
         terms = _cached_backward(engine, micro_batches, totals)
     else:
         terms = _plain_backward(engine, micro_batches, totals)
-    result = engine.step(lr)
+    dropped = veto is not None and veto(loss_over_ranks(terms, totals))
+    result = engine.step(lr, dropped)
     ballot = tuple(heard.tolist())
     engine.settle(result.applied)
     return replace(result, ballot=ballot), terms
@@ -43,6 +47,14 @@ def total_counts(
     local = torch.tensor([*(sum(count[name] for count in counts) for name in names), *ballot], dtype=torch.float32)
     summed = dist.sum_over_ranks(local.to(engine.device))
     return dict(zip(names, summed, strict=False)), summed[len(names) :]
+
+
+def loss_over_ranks(terms: dict[str, Term], totals: dict[str, Tensor]) -> float:
+    """sum_k weight_k * mean_k over the global batch; the same number on all ranks. Waits for the device."""
+    weighted = sorted(name for name, term in terms.items() if term.weight)
+    sums = dist.sum_over_ranks(torch.stack([terms[name].sum.float() for name in weighted]))
+    means = [sums[i] / totals[name].clamp(min=1) for i, name in enumerate(weighted)]
+    return sum(terms[name].weight * mean for name, mean in zip(weighted, torch.stack(means).tolist(), strict=True))
 
 
 def _plain_backward(engine: Engine, micro_batches: list[Batch], totals: dict[str, Tensor]) -> dict[str, Term]:

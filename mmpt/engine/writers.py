@@ -26,6 +26,9 @@ TENSORBOARD_GROUPS = {
     "checkpoint_stall_seconds": "system",
     "checkpoint_save_seconds": "system",
     "checkpoint_bytes": "system",
+    "straggler_factor": "system",
+    "straggler_rank": "system",
+    "loss_deviation": "train",
     "samples_per_second": "system",
     "samples_per_second_per_device": "system",
     "step_seconds_p50": "system",
@@ -62,8 +65,8 @@ class Writers:
         if self.on:
             self._progress.update(self._task, completed=step)
 
-    def record(self, step: int, values: dict[str, float], shown: tuple[str, ...]) -> None:
-        """One record at this step: all of it to the files, the `shown` ones to the console."""
+    def record(self, step: int, values: dict[str, float], shown: tuple[str, ...], remark: str = "") -> None:
+        """One record at this step: all of it to the files, the `shown` ones and the remark to the console."""
         if not self.on:
             return
         with open(self._jsonl, "a") as file:
@@ -73,6 +76,8 @@ class Writers:
             self._tensorboard.add_scalar(tag, value, step)
         numbers = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
         self.say(f"step {step}  {numbers}")
+        if remark:
+            self.say(remark)
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text on TensorBoard, such as the recipe."""

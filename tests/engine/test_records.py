@@ -18,6 +18,7 @@ from tests.ranks import run
 WANTED = {
     "loss", "contrastive", "logit_scale", "grad_norm", "samples_per_second", "samples_per_second_per_device",
     "data_wait_share", "step_seconds_p50", "step_seconds_p95", "step_seconds_max", "memory_gib", "skipped_steps",
+    "straggler_factor", "straggler_rank",
 }  # fmt: skip
 
 
@@ -47,6 +48,38 @@ def test_a_record_is_the_same_on_all_ranks_and_sums_before_it_divides() -> None:
     assert record["loss"] == pytest.approx(0.5 * record["contrastive"]) and record["logit_scale"] == 14.0
     assert record["skipped_steps"] == 1 and record["step_seconds_p50"] == pytest.approx(0.02), "the slowest rank"
     assert record["samples_per_second_per_device"] == pytest.approx(record["samples_per_second"] / 2)
+
+
+def slow_on_rank_1(rank: int, world_size: int, where: str) -> tuple[dict[str, float], str]:
+    metrics = Metrics(8, torch.device("cpu"))
+    for _ in range(3):
+        began = time.perf_counter()
+        if rank == 1 and where == "data":
+            time.sleep(0.5)
+        waited = time.perf_counter() - began
+        time.sleep(0.55 if rank == 1 and where == "step" else 0.05)
+        dist.gather(torch.ones(2, 2))
+        metrics.add(StepResult(True, 1.0), terms(1.0, 1.0), waited, time.perf_counter() - began)
+    time.sleep(0.1)
+    dist.gather(torch.ones(2, 2))  # an evaluation, which is no part of any step
+    return metrics.record(), metrics.straggler
+
+
+def both_slow_ways(rank: int, world_size: int) -> list[tuple[dict[str, float], str]]:
+    return [slow_on_rank_1(rank, world_size, where) for where in ("data", "step", "nowhere")]
+
+
+@pytest.mark.slow
+def test_the_rank_that_holds_the_others_up_is_named_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    results = run(both_slow_ways, 2)
+    assert results[0] == results[1]
+    (data, said_data), (step, said_step), (_, said_nothing) = results[0]
+    for record in (data, step):
+        assert record["straggler_rank"] == 1 and record["straggler_factor"] > 3
+    assert said_data.startswith("slow: rank 1 on n7 took 1.") and "(1.5 s for data)" in said_data
+    assert said_step.startswith("slow: rank 1 on n7 took 1.") and "(0.0 s for data)" in said_step
+    assert said_nothing == ""
 
 
 def test_percentiles() -> None:
