@@ -5,6 +5,7 @@
     mmpt plan --recipe filip.vit_l14 --gpus 64               memory and FLOPs per device, before anything runs
     mmpt check-loss --recipe filip.tiny --ranks 4            W ranks against one process: losses and gradients
     mmpt report RUN_DIR                                      RUN_DIR/report.html, and its tables here
+    mmpt explain RUN_DIR SHARDS                              what ALBEF's momentum copy believes of some samples
     mmpt import SRC OUT --as clip.vit_b32                    foreign weights as a run, for --run.init and eval
     mmpt export RUN_DIR OUT --to hf                          a run's weights for transformers, open_clip, ...
     mmpt from-open-clip "COMMAND LINE"                       the same run as flags of a recipe
@@ -22,12 +23,13 @@ from pathlib import Path
 
 import torch
 
-from mmpt import check_loss, cli_audit, cli_convert, cli_plan, config, dist, failure
+from mmpt import check_loss, cli_audit, cli_convert, cli_explain, cli_plan, config, dist, failure
+from mmpt.data.text import load_tokenizer
 from mmpt.engine.resume import find_checkpoint
 from mmpt.engine.weights import load_weights
 from mmpt.evals.findings import find, text_table
 from mmpt.evals.report import write_report
-from mmpt.evals.suite import EvalConfig, evaluate
+from mmpt.evals.suite import EvalConfig, Rank, evaluate
 from mmpt.methods.method import Method
 from mmpt.recipe import Recipe, load, names
 
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = verbs.add_parser("report", help="write report.html and print its tables")
     add_evaluation_arguments(verb)
     verb.add_argument("--title", default="", help="heading of the report [the run directory's name]")
+    cli_explain.add_arguments(verbs.add_parser("explain", help="show what ALBEF's momentum copy believes"))
     cli_audit.add_arguments(verbs.add_parser("audit", help="tell which samples a run has seen, and when"))
     verb = verbs.add_parser("plan", help="tell what a recipe will need on each device", allow_abbrev=False)
     cli_plan.add_arguments(verb)
@@ -55,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, flags = parser.parse_known_args(arguments)
     if flags and parsed.verb not in ("plan", "check-loss", *cli_convert.VERBS):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    run = {"recipes": print_recipes, "eval": run_eval, "report": run_report, "audit": cli_audit.run}
+    run = {"recipes": print_recipes, "eval": run_eval, "report": run_report, "audit": cli_audit.run,
+           "explain": run_explain}  # fmt: skip
     try:
         if parsed.verb == "check-loss":
             return check_loss.start_ranks(flags, parsed.ranks)
@@ -119,6 +123,15 @@ def run_report(parsed: argparse.Namespace) -> None:
         )  # fmt: skip
     print(text_table(findings, evals))
     print(f"\nreport: {path}")
+
+
+def run_explain(parsed: argparse.Namespace) -> None:
+    """What the momentum copy believes, printed. In one process."""
+    device = dist.init()
+    recipe, method, _ = load_run(Path(parsed.run_dir), device)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    rank = Rank(recipe.evals, recipe.data, recipe.method.inputs(), method, device, tokenizer)
+    cli_explain.run(rank, method, parsed)
 
 
 def run_dir_of(path: Path) -> Path:
