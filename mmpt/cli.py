@@ -4,6 +4,7 @@
     mmpt eval RUN_DIR --task retrieval:SHARDS                zero-shot classification, retrieval, scenes
     mmpt plan --recipe filip.vit_l14 --gpus 64               memory and FLOPs per device, before anything runs
     mmpt check-loss --recipe filip.tiny --ranks 4            W ranks against one process: losses and gradients
+    mmpt checkpoint verify RUN_DIR                           are they whole? also list, prune, convert
     mmpt report RUN_DIR                                      RUN_DIR/report.html, and its tables here
     mmpt explain RUN_DIR SHARDS                              what ALBEF's momentum copy believes of some samples
     mmpt import SRC OUT --as clip.vit_b32                    foreign weights as a run, for --run.init and eval
@@ -23,7 +24,17 @@ from pathlib import Path
 
 import torch
 
-from mmpt import check_loss, cli_audit, cli_convert, cli_explain, cli_plan, config, dist, failure
+from mmpt import (
+    check_loss,
+    cli_audit,
+    cli_checkpoint,
+    cli_convert,
+    cli_explain,
+    cli_plan,
+    config,
+    dist,
+    failure,
+)  # fmt: skip
 from mmpt.data.text import load_tokenizer
 from mmpt.engine.resume import find_checkpoint
 from mmpt.engine.weights import load_weights
@@ -49,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb.add_argument("--title", default="", help="heading of the report [the run directory's name]")
     cli_explain.add_arguments(verbs.add_parser("explain", help="show what ALBEF's momentum copy believes"))
     cli_audit.add_arguments(verbs.add_parser("audit", help="tell which samples a run has seen, and when"))
+    cli_checkpoint.add_arguments(verbs.add_parser("checkpoint", help="list, verify, prune or convert checkpoints"))
     verb = verbs.add_parser("plan", help="tell what a recipe will need on each device", allow_abbrev=False)
     cli_plan.add_arguments(verb)
     verb = verbs.add_parser("check-loss", help="hold W ranks against one process", allow_abbrev=False)
@@ -59,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags and parsed.verb not in ("plan", "check-loss", *cli_convert.VERBS):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     run = {"recipes": print_recipes, "eval": run_eval, "report": run_report, "audit": cli_audit.run,
-           "explain": run_explain}  # fmt: skip
+           "explain": run_explain, "checkpoint": cli_checkpoint.run}  # fmt: skip
     try:
         if parsed.verb == "check-loss":
             return check_loss.start_ranks(flags, parsed.ranks)

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,6 @@ from tests.test_train import command, losses, scenes, weights
 
 __all__ = ["scenes"]
 LONG = {"run__samples": 16 * 5000, "run__checkpoint_every_steps": 100000}
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as forks:
-        yield forks
 
 
 def arguments(scenes: Path, run_dir: Path, **changes) -> list[str]:

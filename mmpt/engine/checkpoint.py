@@ -132,6 +132,10 @@ class Pieces:
     def names(self, kind: str) -> set[str]:
         return {name for found, name in self._index if found == kind}
 
+    def kind_of(self, name: str) -> str:
+        """How a parameter or buffer was saved: a file of weights alone tells none of them apart."""
+        return next((kind for kind in ("master", "frozen", "buffer") if (kind, name) in self._index), "master")
+
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """Values [start, start + length) of the flattened whole. ValueError if the checkpoint does not hold all."""
         parts, reached = [], start
@@ -180,12 +184,11 @@ def load_parameters(checkpoint: Path, manifest: Manifest, engine: Engine) -> Non
     differs."""
     check_shapes(_shapes(engine), manifest.shapes, checkpoint)
     pieces = Pieces(checkpoint, manifest)
-    frozen = pieces.names("frozen")
     for segment in segments(engine.deepspeed) + frozen_segments(engine.deepspeed):
-        kind = "frozen" if segment.name in frozen else "master"
+        kind = pieces.kind_of(segment.name)
         segment.of(segment.flat).copy_(pieces.read(kind, segment.name, segment.start, segment.length))
     for name, buffer in _buffers(engine).items():
-        buffer.copy_(pieces.read("buffer", name, 0, buffer.numel()).view(buffer.shape))
+        buffer.copy_(pieces.read(pieces.kind_of(name), name, 0, buffer.numel()).view(buffer.shape))
     refresh_parameters(engine.deepspeed)
     if pieces.names("teacher"):
         for name, parameter in _teacher(engine).items():

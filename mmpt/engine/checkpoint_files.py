@@ -199,8 +199,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise ValueError(f"{path} is damaged ({error})") from None
 
 
-def damage(checkpoint: Path, manifest: Manifest) -> str:
-    """Why this checkpoint cannot be used, or nothing. Collective: each rank reads its share of the files."""
+def damage(checkpoint: Path, manifest: Manifest, digests: bool = True) -> str:
+    """Why this checkpoint cannot be used, or nothing. Collective: each rank reads its share of the files.
+
+    digests: whether to read them at all, or only to look at their sizes.
+    """
     found = ""
     for file in manifest.files[dist.rank() :: dist.world_size()]:
         path = checkpoint / file.name
@@ -208,7 +211,7 @@ def damage(checkpoint: Path, manifest: Manifest) -> str:
             found = found or f"{file.name} is missing"
         elif path.stat().st_size != file.bytes:
             found = found or f"{file.name} has {path.stat().st_size} bytes instead of {file.bytes}"
-        else:
+        elif digests:
             with open(path, "rb") as data:
                 if hashlib.file_digest(data, "sha256").hexdigest() != file.sha256:
                     found = found or f"{file.name} does not match its SHA-256"
@@ -252,14 +255,14 @@ def newest_valid(folder: Path, at_most: int | None = None) -> tuple[Path, Manife
     return None
 
 
-def prune(folder: Path, keep_last: int, keep_every_steps: int, protect: Path | None = None) -> list[str]:
-    """Delete all but the newest `keep_last`, the multiples of `keep_every_steps` (0: none) and `protect`; returns their
-    names. Rank 0 only."""
-    removed = []
-    for checkpoint in sorted(folder.glob("step-*"), reverse=True)[max(1, keep_last) :]:
-        step = int(checkpoint.name.removeprefix("step-"))
-        if (keep_every_steps and step % keep_every_steps == 0) or checkpoint == protect:
-            continue
+def prunable(folder: Path, keep_last: int, keep_every_steps: int, protect: Path | None = None) -> list[Path]:
+    """All but the newest `keep_last`, the multiples of `keep_every_steps` (0: none) and `protect`."""
+    older = sorted(folder.glob("step-*"), reverse=True)[max(1, keep_last) :]
+    steps = {path: int(path.name.removeprefix("step-")) for path in older if path != protect}
+    return [path for path, step in steps.items() if not keep_every_steps or step % keep_every_steps]
+
+
+def prune(folder: Path, keep_last: int, keep_every_steps: int, protect: Path | None = None) -> None:
+    """Delete what is `prunable`. Rank 0 only."""
+    for checkpoint in prunable(folder, keep_last, keep_every_steps, protect):
         remove(checkpoint)
-        removed.append(checkpoint.name)
-    return removed

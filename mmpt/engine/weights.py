@@ -1,14 +1,17 @@
 """A checkpoint of weights alone, without an engine: `mmpt import` writes it, `--run.init` and `mmpt eval` read it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file as read_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from mmpt.engine.checkpoint import Pieces, weights
-from mmpt.engine.checkpoint_files import Manifest, publish, temporary_of, write_part
+from mmpt.engine.checkpoint_files import Manifest, publish, temporary_of, write_part, write_synced
 from mmpt.methods.method import Method
 
 TEACHER = "teacher:"
@@ -37,18 +40,26 @@ def publish_weights(folder: Path, method: Method, origins: dict[str, str], state
     """
     parameters, taught = dict(method.named_parameters()), _taught(method)
     tensors: dict[str, Tensor] = {}
-    contents: list[tuple[str, str, int, int]] = []
     for name, value in tensors_of(method).items():
         plain = name.removeprefix(TEACHER)
         kind = "teacher" if plain != name else "master" if name in parameters else "buffer"
         if kind == "teacher" and plain not in taught:
             continue  # buffers of a copy follow no step
         tensors[f"{kind}|{plain}|0"] = value.detach().flatten().cpu().clone()
-        contents.append((kind, plain, 0, value.numel()))
+    shapes = {name: tuple(value.shape) for name, value in method.state_dict().items()}
+    return _publish(folder, tensors, shapes, origins, state)
+
+
+def _publish(
+    folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], origins: dict[str, str],
+    state: dict[str, Any],
+) -> Path:  # fmt: skip
+    """tensors: by `kind|name|0`, as rank 0 would write them if it owned everything; flat."""
     fields = {
         "step": 0, "world_size": 0, "zero_stage": 0, "precision": "fp32", "loss_scaler": {}, "state": state,
-        "shapes": {name: tuple(value.shape) for name, value in method.state_dict().items()}, "origins": origins,
+        "shapes": shapes, "origins": origins,
     }  # fmt: skip
+    contents = [(*key.split("|")[:2], 0, value.numel()) for key, value in tensors.items()]
     data = memoryview(to_safetensors(tensors))
     write_part(temporary_of(folder, 0, "import"), 0, data, contents, moments=[], optimizer_step=0)
     return publish(folder, 0, "import", fields, ranks=1)[0]
@@ -65,6 +76,39 @@ def load_weights(checkpoint: Path, manifest: Manifest, method: Method) -> None:
         for name, parameter in taught.items():
             values = pieces.read("teacher", name, 0, parameter.numel()) if saved else student[name].flatten()
             parameter.copy_(values.view(parameter.shape))
+
+
+def write_tensors(checkpoint: Path, manifest: Manifest, out: Path) -> int:
+    """Write a checkpoint's weights as one safetensors file, whole tensors in fp32 by name (whole numbers stay what they
+    are); a momentum copy's under names that begin with `teacher:`. Returns how many. The file appears at once."""
+    tensors, pieces = weights(checkpoint, manifest), Pieces(checkpoint, manifest)
+    taught = sorted(pieces.names("teacher"))
+    for name in taught:
+        shape = manifest.shapes[_student_prefix(taught, manifest) + name]
+        tensors[TEACHER + name] = pieces.read("teacher", name, 0, int(torch.Size(shape).numel())).view(shape)
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    temporary = out.with_name(f".{out.name}.tmp")
+    write_synced(temporary, to_safetensors({name: value.contiguous() for name, value in tensors.items()}))
+    os.replace(temporary, out)
+    return len(tensors)
+
+
+def _student_prefix(taught: list[str], manifest: Manifest) -> str:
+    """What the names of a momentum copy's parameters lack of those that they follow."""
+    prefixes = sorted(whole.removesuffix(taught[0]) for whole in manifest.shapes if whole.endswith(taught[0]))
+    return next(prefix for prefix in prefixes if all(prefix + name in manifest.shapes for name in taught))
+
+
+def read_tensors(source: Path, folder: Path) -> Path:
+    """Publish such a file as the checkpoint of step 0; returns its directory. ValueError if it is not such a file."""
+    try:
+        tensors = read_safetensors(source)
+    except SafetensorError as error:
+        raise ValueError(f"{source} is no safetensors file: {error}") from None
+    kinds = {name: "teacher" if name.startswith(TEACHER) else "master" for name in tensors}
+    parts = {f"{kinds[name]}|{name.removeprefix(TEACHER)}|0": value.flatten() for name, value in tensors.items()}
+    shapes = {name: tuple(value.shape) for name, value in tensors.items() if kinds[name] == "master"}
+    return _publish(folder, parts, shapes, {}, {})
 
 
 def _taught(method: Method) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from mmpt.engine.checkpoint_files import newest_valid
 from mmpt.engine.optim import OptimConfig
 from mmpt.engine.saver import save
 from mmpt.engine.step import train_step
+from mmpt.engine.weights import read_tensors, write_tensors
 from tests.engine.test_zero import whole_parameters
 from tests.engine.toy import batches, toy
 from tests.ranks import run
@@ -129,6 +130,15 @@ def check_weights(rank: int, world_size: int, folder: str) -> None:
         load_parameters(checkpoint, manifest, other)
         for name, value in whole_parameters(other).items():
             assert torch.equal(value, state[name]), "bf16 masters keep fp32 values"
+        if rank == 0:  # through a file that does not tell parameters, frozen ones and buffers apart
+            write_tensors(checkpoint, manifest, place / "all.safetensors")
+            read_tensors(place / "all.safetensors", place / "back")
+        dist.barrier()
+        other = engine_at(2, ADAMW, 6)
+        other.method.get_buffer("seen").zero_()
+        load_parameters(*newest_valid(place / "back")[:2], other)
+        assert all(torch.equal(value, state[name]) for name, value in whole_parameters(other).items())
+        assert torch.equal(other.method.get_buffer("seen"), state["seen"]) and state["seen"].any()
 
 
 @pytest.mark.slow
