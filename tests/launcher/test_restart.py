@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from launcher import ending
 from launcher.ending import Ending, ending_of, first_ending
 from launcher.record import Attempt
 from launcher.restart import Situation, decide
+from mmpt import exit_codes
 
 KILLED = """srun: error: n1: task 1: Killed
 srun: launch/slurm: _step_signal: Terminating StepId=3.0
@@ -28,7 +30,7 @@ srun: error: Node failure on n1
 
 
 @pytest.mark.parametrize(
-    ("messages", "status", "ending"),
+    ("messages", "status", "expected"),
     [
         ("", 0, Ending(0)),
         (KILLED, 137, Ending(137, "1", "n1")),
@@ -42,15 +44,21 @@ srun: error: Node failure on n1
         ("slurmstepd: error: execve(): python: No such file or directory\n", 2, Ending(2)),
     ],
 )
-def test_the_first_rank_to_end_is_the_cause(messages: str, status: int, ending: Ending) -> None:
+def test_the_first_rank_to_end_is_the_cause(messages: str, status: int, expected: Ending) -> None:
     """srun's own status is the largest of all tasks', often that of those it killed itself."""
-    assert ending_of(messages, status) == ending
+    assert ending_of(messages, status) == expected
 
 
 def test_local_ranks_in_the_order_in_which_they_ended() -> None:
     assert first_ending([(1, -9), (0, 1)], "here") == Ending(137, "1", "here")
     assert first_ending([(0, 0), (1, 75)], "here") == Ending(75, "1", "here")
     assert first_ending([(0, 0), (1, 0)], "here") == Ending(0)
+
+
+def test_the_statuses_are_those_of_train_py() -> None:
+    assert ending.SAVED == exit_codes.REQUEUE and ending.HUNG == exit_codes.HUNG
+    assert ending.BAD_NODE == exit_codes.UNFIT_NODE and ending.NOT_FINITE == exit_codes.NOT_FINITE
+    assert ending.WRONG_COMMAND == exit_codes.WRONG_USE
 
 
 def test_endings_in_words() -> None:
@@ -65,9 +73,9 @@ def attempts(*facts: tuple[int, int], action: str = "restart") -> list[Attempt]:
     return [Attempt(0.0, "7", i, status, "", "", step, action, "") for i, (status, step) in enumerate(facts)]
 
 
-def situation(ending: Ending, step: int = 10, earlier: Sequence[Attempt] = (), **changes) -> Situation:
+def situation(how: Ending, step: int = 10, earlier: Sequence[Attempt] = (), **changes) -> Situation:
     facts = {"stop_asked": False, "outside": "", "restarts": len(earlier)} | changes
-    return Situation(ending=ending, step=step, earlier=earlier, max_restarts=9, max_fruitless_restarts=2, **facts)
+    return Situation(ending=how, step=step, earlier=earlier, max_restarts=9, max_fruitless_restarts=2, **facts)
 
 
 @pytest.mark.parametrize(
