@@ -123,7 +123,7 @@ def cancel(words: Sequence[str]) -> int:
     parser.add_argument("which", nargs="+", metavar="RUN", help="run directories, or those of sweeps")
     parser.add_argument("--now", action="store_true", help="without saving (the last checkpoint remains)")
     parsed = parser.parse_args(list(words))
-    for run in map(read_launch, the_runs(parsed.which)):
+    for run in [read_launch(path) for path in the_runs(parsed.which)]:
         where = alive(run)
         if not where:
             print(f"{run.run_dir}: is over already")
@@ -151,7 +151,7 @@ def requeue(words: Sequence[str]) -> int:
     add_cluster_flags(parser)
     parsed = parser.parse_args(list(words))
     changes = cluster_changes(parsed)
-    for run in map(read_launch, the_runs(parsed.which)):
+    for run in [read_launch(path) for path in the_runs(parsed.which)]:
         where = alive(run)
         if not where and not changes and finished(run):
             print(f"{run.run_dir}: is finished")

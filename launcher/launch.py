@@ -63,7 +63,7 @@ def plan(request: Request) -> Plan:
     """ValueError for a wrong cluster, flag, sweep or run directory."""
     cluster = changed(load_cluster(request.cluster), request.changes)
     runs = plan_runs(request.arguments, request.sweeps, filled_in(cluster.runs), request.name)
-    folder = runs[0].dir.parent if request.sweeps else runs[0].dir
+    folder = runs[0].dir.parent if len(runs) > 1 else runs[0].dir
     if cluster.executor != "slurm" and str(cluster.nodes) != "1":
         raise ValueError(f"the executor {cluster.executor} uses this machine alone; got {cluster.nodes} nodes")
     if cluster.executor == "local" and cluster.time is not None:

@@ -1,7 +1,6 @@
 """SLURM's own commands: what a job is doing, and making it do something else. Each answers or fails within seconds."""
 
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,10 +31,6 @@ def job_of(environment: Mapping[str, str]) -> str:
     """The name of the job we run in, as scontrol wants it: 1234, or 1200_34 for a task of an array."""
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else environment["SLURM_JOB_ID"]
-
-
-def installed() -> bool:
-    return shutil.which("squeue") is not None
 
 
 def show(job: str) -> JobState:

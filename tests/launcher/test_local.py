@@ -168,6 +168,16 @@ def test_a_sweep_runs_one_point_after_the_other(checkout: Checkout) -> None:
     assert [(row[1], row[3], row[9]) for row in rows] == [("finished", n, "1") for n in ("6", "6", "9", "9")]
 
 
+def test_a_sweep_of_one_point_is_a_run_in_its_place_and_several_runs_start_again_at_once(checkout: Checkout) -> None:
+    words = checkout.train("s", "--sweep", "run.seed=4", do="1:0:3:2")
+    checkout.call(*words, status=2)
+    checkout.call(*checkout.train("t", do="1:0:3:2"), status=2)
+    checkout.call("requeue", "runs/s/seed=4", "runs/t")
+    run_dirs = [checkout.home / "runs/s/seed=4", checkout.home / "runs/t"]
+    for run_dir in run_dirs:
+        wait_for(lambda run_dir=run_dir: outcomes(run_dir) == [("failed", 2), ("finished", 0)])
+
+
 def test_debug_is_one_rank_in_this_terminal(checkout: Checkout) -> None:
     assert "rank 0 begins" in checkout.call(*checkout.train("a", "--executor", "debug"))
     environment = json.loads((checkout.home / "runs/a/environment-0.json").read_text())

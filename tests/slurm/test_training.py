@@ -205,7 +205,9 @@ def assert_same_run(run_dir: Path, reference: Path, capsys: pytest.CaptureFixtur
     assert weights(run_dir) == weights(reference)
     keys = []
     for path in (run_dir, reference):
-        cli_audit.run(argparse.Namespace(run_dir=path, steps="", takedown=None))
+        parser = argparse.ArgumentParser()
+        cli_audit.add_arguments(parser)
+        cli_audit.run(parser.parse_args([str(path)]))
         keys.append(capsys.readouterr().out)
     assert keys[0] == keys[1] and keys[0].count("\n") == 1 + 16 * STEPS
 
