@@ -23,12 +23,28 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     {"import": run_import, "export": run_export, "from-open-clip": run_translation}[verb](arguments)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage of two hundred flags."""
+
+    def error(self, message: str):  # type: ignore[override]
+        raise ValueError(f"{self.prog.removeprefix('mmpt ')}: {message}")
+
+    def parsed(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """ValueError that names the near miss of an unknown flag."""
+        found, unknown = self.parse_known_args(list(arguments))
+        if unknown:
+            known = [option.lstrip("-") for option in self._option_string_actions]
+            name = unknown[0].lstrip("-").split("=")[0]
+            self.error(f"unknown argument {unknown[0]!r}{config.near_miss(name, known)}")
+        return found
+
+
 def run_import(arguments: Sequence[str]) -> None:
     """Print what was loaded, resized and left. ValueError where it does not fit."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = _Parser("mmpt import", add_help=False, allow_abbrev=False)
     first.add_argument("--as", dest="recipe")
     recipe_name = first.parse_known_args(list(arguments))[0].recipe
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "mmpt import", description="Foreign weights become a run directory for --run.init and `mmpt eval`.",
         allow_abbrev=False,
     )  # fmt: skip
@@ -44,7 +60,7 @@ def run_import(arguments: Sequence[str]) -> None:
     parser.add_argument("--keep-settings", action="store_true", help="the recipe's settings stay where they differ")
     if recipe_name is not None:
         config.add_flags(parser, load(recipe_name))
-    parsed = parser.parse_args(list(arguments))
+    parsed = parser.parsed(arguments)
     changes = {path: text for path, text in vars(parsed).items() if "." in path}
     recipe = config.override(load(parsed.recipe), changes | {"run.dir": str(parsed.out)})
     source = read(parsed.source)
@@ -57,7 +73,7 @@ def run_export(arguments: Sequence[str]) -> None:
     """Write a run's weights for other code and print what to know. ValueError where they do not fit."""
     from mmpt.convert.export_run import FOLDERS, export_run  # takes a second, and no other command needs it
 
-    parser = argparse.ArgumentParser("mmpt export", description="A run's newest weights for other code.")
+    parser = _Parser("mmpt export", description="A run's newest weights for other code.", allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory, or one of its checkpoints")
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder for hf and open_clip, else a file")
     parser.add_argument(
@@ -66,19 +82,19 @@ def run_export(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer to write beside the weights [the recipe's]")
     parser.add_argument("--partial", action="store_true", help="leave out what the other layout has no place for")
-    parsed = parser.parse_args(list(arguments))
+    parsed = parser.parsed(arguments)
     print("\n".join([*export_run(parsed.run_dir, parsed.out, parsed.to, parsed.tokenizer, parsed.partial),
                      f"written to {parsed.out}"]))  # fmt: skip
 
 
 def run_translation(arguments: Sequence[str]) -> None:
     """Print the command, and what is left to do. ValueError for a flag or value that is not known."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "mmpt from-open-clip", description="A training command of open_clip as one of mmpt; nothing is run."
     )
     parser.add_argument("command", metavar="COMMAND LINE", help="the whole command, in one pair of quotes")
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs in all, where the command does not say")
-    parsed = parser.parse_args(list(arguments))
+    parsed = parser.parsed(arguments)
     found = translate(parsed.command, parsed.gpus)
     print(found.command())
     if found.notes:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmpt import config
 from mmpt.convert.format import Format
-from mmpt.convert.importing import check_settings, listed, unexpected
+from mmpt.convert.importing import differing, listed, told_differences, unexpected
 from mmpt.convert.reading import Source
 from mmpt.convert.rules import exported
 from mmpt.engine.weights import tensors_of
@@ -43,9 +43,13 @@ def check_outputs(
 ) -> None:  # fmt: skip
     """ValueError where their code, reading these tensors and configurations, would compute something else than the
     recipe says: the settings that importing them would ask for must be the recipe's own."""
-    source = Source(Path(f"what {format.title} code makes of it"), theirs, configuration, preprocessor)
+    said = format.settings(Source(Path(), theirs, configuration, preprocessor), method)
     fields = {path: value for path, _, value, _ in config.leaves(recipe)}
-    check_settings(format.settings(source, method), fields, (), source)
+    if wrong := differing(said, fields):
+        raise ValueError(
+            f"{format.title} code would compute something else: there {told_differences(wrong, fields)}, and the "
+            "layout cannot say so"
+        )
 
 
 def write_file(out: Path, format: Format, theirs: dict[str, Tensor]) -> None:

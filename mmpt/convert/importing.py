@@ -104,7 +104,7 @@ def _take_one(match: Match, tensors: dict[str, Tensor], ours: Tensor, format: Fo
     if list(value.shape) != wanted:
         account.differing.append(f"{match.ours} is {found} in the source and {wanted} in the model")
     else:
-        account.loaded[match.ours] = value.clone()
+        account.loaded[match.ours] = value
 
 
 def _check(
@@ -146,23 +146,30 @@ def inside(name: str, parts: Sequence[str]) -> bool:
     return not parts or any(re.search(rf"(^|[.:]){re.escape(part)}(\.|$)", name) for part in parts)
 
 
+def differing(said: dict[str, Any], recipe: dict[str, Any], parts: Sequence[str] = ()) -> dict[str, Any]:
+    """Of fields by dotted path, those of the parts in which a recipe says otherwise; fields it lacks do not count."""
+    return {
+        path: value
+        for path, value in said.items()
+        if path in recipe and recipe[path] != value and inside(path.removeprefix("method."), parts)
+    }
+
+
 def check_settings(said: dict[str, Any], recipe: dict[str, Any], parts: Sequence[str], source: Source) -> None:
     """ValueError with the flags to add where the recipe says otherwise than the source about what no shape shows.
 
     said: fields by dotted path. recipe: all fields of the recipe, by dotted path.
     """
-    wrong = {
-        path: value
-        for path, value in said.items()
-        if path in recipe and recipe[path] != value and inside(path.removeprefix("method."), parts)
-    }
-    if wrong:
-        differences = [f"{path} is {_flag(value)}, not {_flag(recipe[path])}" for path, value in wrong.items()]
+    if wrong := differing(said, recipe, parts):
         flags = " ".join(f"--{path} {_flag(value)}" for path, value in wrong.items())
         raise ValueError(
-            f"in {source.path} {listed(differences, '; ')}. Add {flags} for the same outputs; or keep the recipe's "
-            "settings with --keep-settings"
+            f"in {source.path} {told_differences(wrong, recipe)}. Add {flags} for the same outputs; or keep the "
+            "recipe's settings with --keep-settings"
         )
+
+
+def told_differences(wrong: dict[str, Any], recipe: dict[str, Any]) -> str:
+    return listed([f"{path} is {_flag(value)}, not {_flag(recipe[path])}" for path, value in wrong.items()], "; ")
 
 
 def _flag(value: Any) -> str:

@@ -45,7 +45,7 @@ def publish_weights(folder: Path, method: Method, origins: dict[str, str], state
         kind = "teacher" if plain != name else "master" if name in parameters else "buffer"
         if kind == "teacher" and plain not in taught:
             continue  # buffers of a copy follow no step
-        tensors[f"{kind}|{plain}|0"] = value.detach().flatten().cpu().clone()
+        tensors[f"{kind}|{plain}|0"] = value.detach().flatten().cpu()
     shapes = {name: tuple(value.shape) for name, value in method.state_dict().items()}
     return _publish(folder, tensors, shapes, origins, state)
 

@@ -279,5 +279,14 @@ def test_unknown_formats_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
     torch.save({"layer.weight": torch.ones(2)}, tmp_path / "x.pt")
     text = said(capsys, str(tmp_path / "x.pt"), "--as", "clip.tiny", str(tmp_path / "out"), status=1)
     assert "weights of no known format (its first names: layer.weight)" in text and "open_clip" in text
-    with pytest.raises(SystemExit):
-        main(["import", "x", "y", "--as", "clip.tiny", "--format", "none"])
+
+
+def test_command_lines_that_are_wrong(capsys: pytest.CaptureFixture) -> None:
+    begin = ("x", "y", "--as", "clip.tiny")
+    assert "invalid choice: 'none'" in said(capsys, *begin, "--format", "none", status=1)
+    text = said(capsys, *begin, "--method.towers.image.trunk.dpth", "3", status=1)
+    assert "unknown argument '--method.towers.image.trunk.dpth'; did you mean 'method.towers.image.trunk.depth'" in text
+    assert "required: SRC, OUT" in said(capsys, "--as", "clip.tiny", status=1)
+    assert "required: --as" in said(capsys, "x", "y", status=1)
+    assert "unknown recipe 'clip.tny'; did you mean 'clip.tiny'" in said(capsys, "x", "y", "--as", "clip.tny", status=1)
+    assert "x does not exist" in said(capsys, *begin, status=1)
