@@ -30,6 +30,7 @@ from mmpt.engine.spikes import Spikes
 from mmpt.engine.step import train_step
 from mmpt.engine.stopping import Ballot
 from mmpt.engine.writers import Writers
+from mmpt.evals.boards import boards
 from mmpt.evals.suite import evaluate
 from mmpt.recipe import Recipe, open_run_dir, parse_arguments
 
@@ -88,7 +89,7 @@ def train_from_checkpoint(recipe: Recipe, engine: Engine, saver: Saver, guard: G
         progress.left_out,
     )  # fmt: skip
     deliveries = DeviceLoader(loader, engine.device, recipe.cut(world_size), overlap=engine.device.type == "cuda")
-    writers = Writers(run_dir, progress.step, recipe.total_steps())
+    writers = Writers(run_dir, progress.step, recipe.total_steps(), guard.events.attempt - 1)
     with closing(deliveries), closing(writers):
         progress.begin(loader.fingerprint, loader.state, run_dir)
         if not loader.exactly_once:
@@ -122,7 +123,7 @@ def loop(
         quarantine.append(run_dir, dist.rank(), delivery.quarantined)
         guard.hear(heard, saver, writers)
         guard.step_done(time.perf_counter() - began)
-        metrics.add(result, terms, waited, time.perf_counter() - began)
+        metrics.add(result, terms, waited, time.perf_counter() - began, len(delivery.quarantined))
         writers.advance(progress.step)
         last = progress.step == last_step
 
@@ -141,11 +142,11 @@ def loop(
         if progress.step == total_steps or due(progress.step, recipe.evals.every_steps):
             guard.beat("evaluate", progress.step)
             with evaluating(engine):
-                scores = evaluate(
-                    recipe.evals, recipe.data, recipe.method.inputs(), engine, engine.method, engine.device
-                )
+                what = (recipe.evals, recipe.data, recipe.method.inputs(), engine, engine.method, engine.device)
+                scores, pictures = evaluate(*what), boards(*what)
             if scores:
                 writers.record(progress.step, scores, tuple(scores))
+            writers.images(pictures, progress.step)
         if last or progress.step % run.checkpoint_every_steps == 0:
             guard.save(saver, progress, writers, last)
             if dist.rank() == 0:

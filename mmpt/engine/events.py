@@ -27,6 +27,8 @@ class Events:
         """Counts the starts of this run, from 1. Right on the rank that writes."""
         saves = [event["seconds"] for event in past if event.get("event") == "save"]
         self.slowest_recent_save_seconds = max(saves[-5:], default=0.0)
+        self.last_end = _end_of(past)
+        """How the attempt before this one ended, in words; empty for the first."""
 
     def add(self, event: str, step: int, facts: dict[str, Any]) -> None:
         """One line. It must never be what ends a run: where it cannot be written, that is said and life goes on."""
@@ -39,6 +41,21 @@ class Events:
                 file.write(b"\n" * (not whole) + json.dumps(line).encode() + b"\n")
         except OSError as error:
             print(f"{self._path}: {os.strerror(error.errno or 0)}; lost: {line}", file=sys.stderr, flush=True)
+
+
+def _end_of(past: list[dict[str, Any]]) -> str:
+    if not past:
+        return ""
+    last = past[-1]
+    end = next((event for event in reversed(past) if event.get("event") not in ("save", "save_failed", "stop")), last)
+    name, step = end.get("event"), last.get("step")
+    if name == "signal" and end.get("attempt") == last.get("attempt"):
+        return f"told to stop at step {step}: {'; '.join(end['reasons'])}"
+    if name in ("crash", "hang", "rollback"):
+        return f"{name} at step {step}: {end.get('error') or end.get('reason') or 'see events.jsonl'}"
+    if last.get("event") in ("stop", "finish"):
+        return f"ended as asked at step {step}"
+    return f"ended without a word; the last it wrote was {last.get('event')!r} at step {step}"
 
 
 def read(run_dir: Path) -> Iterator[dict[str, Any]]:

@@ -115,9 +115,14 @@ class Guard:
 
     def begin(self, progress: Progress, notes: list[str], writers: Writers) -> None:
         """Say how the run begins."""
-        if not self._begun:  # a rollback is an event of its own
-            kind = "resume" if self.events.attempt > 1 else "start"
-            self.events.add(kind, progress.step, {"world_size": dist.world_size()})
+        again = self.events.attempt > 1
+        if self._begun:  # a rollback is an event of its own
+            writers.text("restarts", f"rolled back; goes on from step {progress.step}", progress.step)
+        else:
+            self.events.add("resume" if again else "start", progress.step, {"world_size": dist.world_size()})
+        if again and not self._begun:
+            text = f"attempt {self.events.attempt} goes on from step {progress.step}; before it: {self.events.last_end}"
+            writers.text("restarts", text, progress.step)
         self._begun = True
         for note in notes:
             writers.say(note)

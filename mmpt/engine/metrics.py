@@ -28,10 +28,14 @@ class Metrics:
         self._step_seconds: list[float] = []
         self._data_seconds = 0.0
         self._grad_norm = 0.0
+        self._quarantined = 0
         self._since = time.perf_counter()
 
-    def add(self, result: StepResult, terms: dict[str, Term], data_seconds: float, step_seconds: float) -> None:
-        """One step: its terms (local sums and counts), the wait for its batch and its whole duration, in seconds."""
+    def add(
+        self, result: StepResult, terms: dict[str, Term], data_seconds: float, step_seconds: float, quarantined: int
+    ) -> None:
+        """One step: its terms (local sums and counts), the wait for its batch and its whole duration, in seconds, and
+        how many of its samples could not be used."""
         for name, term in terms.items():
             before = self._terms.get(name)
             self._terms[name] = (
@@ -40,6 +44,7 @@ class Metrics:
         self._data_seconds += data_seconds
         self._step_seconds.append(step_seconds)
         self._stragglers.add(data_seconds, step_seconds)
+        self._quarantined += quarantined
         self._grad_norm = result.grad_norm
         self.skipped_steps += not result.applied
 
@@ -50,10 +55,11 @@ class Metrics:
         Times are those of the slowest rank.
         """
         names = sorted(self._terms)
-        local = torch.tensor([[0.0, 0.0]] * len(names), device=self.device)
-        for row, name in zip(local, names, strict=True):
+        local = torch.zeros(len(names) + 1, 2, device=self.device)
+        for row, name in zip(local, names, strict=False):
             row[0], row[1] = self._terms[name].sum, self._terms[name].count
-        sums = dist.sum_over_ranks(local).tolist()
+        local[-1, 0] = self._quarantined
+        *sums, (quarantined, _) = dist.sum_over_ranks(local).tolist()
         out: dict[str, float] = {"loss": 0.0}
         for name, (total, count) in zip(names, sums, strict=True):
             value = total / count if count else float("nan")
@@ -80,6 +86,7 @@ class Metrics:
             "step_seconds_max": worst[4],
             "memory_gib": worst[5],
             "skipped_steps": float(self.skipped_steps),
+            "quarantine_rate": quarantined / pairs,
         }
         compared, self.straggler = self._stragglers.record()
         self._clear()

@@ -8,11 +8,13 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from mmpt import dist
+from mmpt.engine.layout import layout
 
 TENSORBOARD_GROUPS = {
     "loss": "train",
@@ -34,20 +36,23 @@ TENSORBOARD_GROUPS = {
     "step_seconds_p50": "system",
     "step_seconds_p95": "system",
     "step_seconds_max": "system",
+    "quarantine_rate": "system",
+    "restarts": "system",
 }
 """Everything else is a term of the loss ("terms/") or has its group in its own name ("eval/...")."""
 
 
 class Writers:
-    """Open with the step that training continues from (0 for a new run)."""
+    """Open with the step that training continues from (0 for a new run), and how often the run was started again."""
 
-    def __init__(self, run_dir: Path, start_step: int, total_steps: int):
-        self.on = dist.rank() == 0
+    def __init__(self, run_dir: Path, start_step: int, total_steps: int, restarts: int):
+        self.on, self._restarts = dist.rank() == 0, restarts
         if not self.on:
             return
         self._jsonl = run_dir / "metrics.jsonl"
         drop_records_after(self._jsonl, start_step)
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, max_queue=100)
+        self._tensorboard.add_custom_scalars(layout())
         self._console = Console(soft_wrap=True)
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TimeElapsedColumn(),
@@ -71,7 +76,10 @@ class Writers:
             return
         with open(self._jsonl, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
+        restarts = (
+            {"restarts": self._restarts} if "loss" in values else {}
+        )  # how a run was cut is no part of its record
+        for name, value in (values | restarts).items():
             tag = name if "/" in name else f"{TENSORBOARD_GROUPS.get(name, 'terms')}/{name}"
             self._tensorboard.add_scalar(tag, value, step)
         numbers = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
@@ -83,6 +91,12 @@ class Writers:
         """A text on TensorBoard, such as the recipe."""
         if self.on:
             self._tensorboard.add_text(name, f"<pre>{text}</pre>", step)
+
+    def images(self, pictures: dict[str, np.ndarray], step: int) -> None:
+        """Pictures on TensorBoard by name, each [H, W, 3] uint8."""
+        if self.on:
+            for name, picture in pictures.items():
+                self._tensorboard.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
         if self.on:

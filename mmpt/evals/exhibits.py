@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from mmpt.batch import Tokens, unpack
@@ -81,3 +82,9 @@ def words_on_image(
         of = speaks_of.get(word)
         out.append(WordMap(caption[slice(*word)], heat.view(grid, grid), *divmod(best, grid), of, on))
     return out
+
+
+def veil(heat: Tensor) -> np.ndarray:
+    """How dark each patch of a map [grid, grid] is to be shown, uint8: 0 at the highest value, 215 at the lowest."""
+    scaled = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
+    return np.rint(215 * (1 - scaled.float().numpy()) ** 0.8).astype(np.uint8)

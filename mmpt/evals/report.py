@@ -8,20 +8,15 @@ from typing import Any
 
 import torch
 
-from mmpt.batch import Tokens, to_device
 from mmpt.data.loader import DataConfig
 from mmpt.data.text import load_tokenizer
-from mmpt.evals.exhibits import evenly, image_queries, text_queries, words_on_image
-from mmpt.evals.features import join
+from mmpt.evals.exhibition import exhibit
 from mmpt.evals.findings import Findings
-from mmpt.evals.fused import PairScorer, scorer_of
 from mmpt.evals.report_curves import draw, read_curves
 from mmpt.evals.report_pictures import Album, image_query, text_query, word_maps_figure
 from mmpt.evals.report_tables import retrieval_table, short_name, tiles, understanding
-from mmpt.evals.retrieval import find_truth
-from mmpt.evals.suite import EvalConfig, Rank, caption_list, what_is_said
+from mmpt.evals.suite import EvalConfig, Rank
 from mmpt.inputs import InputSpec
-from mmpt.ops.features import Features
 
 SHOWN_QUERIES = 6
 SEARCHED_IMAGES = 1000
@@ -76,46 +71,26 @@ def curves(run_dir: Path) -> str:
     )
 
 
-@torch.no_grad()
 def exhibition(rank: Rank, method: Any, folder: str, name: str) -> tuple[Album, str]:
     """Retrievals and word maps of evenly spaced samples, chosen before their results are known."""
-    pixels, features, known = _first_images(rank, folder)
-    method = scorer_of(method, rank.call)
-    owner, captions = caption_list(known)
-    text = rank.encode_texts(captions)
-    truth, album = find_truth(len(known), owner, what_is_said(known, rank.config)), Album(pixels, name)
-    by_text = text_queries(method, features, text, truth, evenly(len(captions), SHOWN_QUERIES))
-    by_image = image_queries(method, features, text, truth, evenly(len(known), SHOWN_QUERIES))
+    found = exhibit(rank, method, folder, SEARCHED_IMAGES, SHOWN_QUERIES)
+    album = Album(found.pixels, name)
     parts = [
         f"<h2>Retrievals on {escape(short_name(folder))}</h2>",
-        f"<p>Queries spread evenly over the first {len(known)} images, chosen before their results were known. Right "
-        "answers are marked in green.</p><h3>Caption to image</h3><div class='gallery'>",
-        *(text_query(album, found, captions[found.query]) for found in by_text),
+        f"<p>Queries spread evenly over the first {len(found.known)} images, chosen before their results were known. "
+        "Right answers are marked in green.</p><h3>Caption to image</h3><div class='gallery'>",
+        *(text_query(album, query, found.captions[query.query]) for query in found.by_text),
         "</div><h3>Image to caption</h3><div class='gallery'>",
-        *(image_query(album, found, captions, truth) for found in by_image),
+        *(image_query(album, query, found.captions, found.truth) for query in found.by_image),
         "</div>",
     ]
-    if isinstance(features, Tokens) and isinstance(text, Tokens) and not isinstance(method, PairScorer):
+    if found.words:
         parts.append(
             "<h2>Which patches each word matched</h2><p>Each picture is lit where the word's cosine with the patch is "
             "high, from the word's lowest to its highest value; the white square is its best patch. Special tokens are "
             "left out, and subword tokens are merged into words. Where the object that a word speaks of is known, its "
             "box is dashed, and a tick marks a match inside it.</p>"
         )
-        for query in evenly(len(known), SHOWN_QUERIES):
-            place, caption = owner.index(query), captions[owner.index(query)]
-            maps = words_on_image(features, query, text, place, caption, rank.spans(caption), known[query])
-            parts.append(word_maps_figure(album, query, caption, maps, known[query]))
+        for image, caption, words in found.words:
+            parts.append(word_maps_figure(album, image, caption, words, found.known[image]))
     return album, "\n".join(parts)
-
-
-def _first_images(rank: Rank, folder: str) -> tuple[torch.Tensor, Features, list[dict]]:
-    """Pixels and features of the first SEARCHED_IMAGES or a few more, and what is known of each."""
-    pixels, features, known = [], [], []
-    for (batch, samples), (seen, _) in zip(rank.batches(folder), rank.pixels(folder), strict=True):
-        pixels.append(seen)
-        features.append(rank.call("encode_image", to_device(batch.pictures, rank.device)))
-        known += samples
-        if len(known) >= SEARCHED_IMAGES:
-            break
-    return torch.cat(pixels), join(features), known

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mmpt.evals.exhibits import Retrieval, WordMap
+from mmpt.evals.exhibits import Retrieval, WordMap, veil
 from mmpt.evals.retrieval import Truth
 
 LARGEST_SIDE = 160
@@ -95,11 +95,10 @@ def word_maps_figure(album: Album, index: int, caption: str, words: list[WordMap
 
 def _light(heat: Tensor) -> str:
     """A veil of black over all but the highest values of a map [grid, grid]: one pixel per patch."""
-    scaled = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
-    veil = np.zeros((*heat.shape, 4), np.uint8)
-    veil[..., 3] = np.rint(215 * (1 - scaled.numpy()) ** 0.8)
+    black = np.zeros((*heat.shape, 4), np.uint8)
+    black[..., 3] = veil(heat)
     buffer = io.BytesIO()
-    Image.fromarray(veil).save(buffer, "PNG")
+    Image.fromarray(black).save(buffer, "PNG")
     uri = data_uri(buffer.getvalue(), "png")
     return f'<image class="heat" width="{UNIT}" height="{UNIT}" preserveAspectRatio="none" href="{uri}"/>'
 

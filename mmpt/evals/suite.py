@@ -84,15 +84,20 @@ class Rank:
     call: Call
     device: torch.device | str
     tokenizer: Any
+    alone: bool = False
+    """Whether its share is everything, on every rank alike."""
+
+    def _share(self) -> tuple[int, int]:
+        return (0, 1) if self.alone else (dist.rank(), dist.world_size())
 
     def batches(self, folder: str) -> Iterator[tuple[Batch, list[dict]]]:
         """Our share of the samples, as `eval_batches` makes them."""
-        return eval_batches(folder, self.data, self.inputs, dist.rank(), dist.world_size(), self.config.batch)
+        return eval_batches(folder, self.data, self.inputs, *self._share(), self.config.batch)
 
     def pixels(self, folder: str) -> Iterator[tuple[Tensor, list[dict]]]:
         """Our share of the images as [B, 3, S, S] uint8, whatever the method takes, and what is known of each."""
         square = replace(self.inputs, image_resize="square", patches=0, kept_patches=0, regions=None)
-        made = eval_batches(folder, self.data, square, dist.rank(), dist.world_size(), self.config.batch)
+        made = eval_batches(folder, self.data, square, *self._share(), self.config.batch)
         for batch, known in made:
             assert batch.pictures.pixels is not None
             yield batch.pictures.pixels, known
