@@ -27,6 +27,8 @@ PAGE: dict[str, dict[str, tuple[str, ...]]] = {
         "step seconds (median, 95 %, longest)": ("system/step_seconds_",),
         "share of time waiting for data": ("system/data_wait_share$",),
         "memory in GiB": ("system/memory_gib$",),
+        "slowest rank: its own time over the median rank's": ("system/straggler_factor$",),
+        "slowest rank: which": ("system/straggler_rank$",),
     },
     "keeping going": {
         "checkpoint: training held up, seconds": ("system/checkpoint_stall_seconds$",),
