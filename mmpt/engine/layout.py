@@ -7,6 +7,7 @@ made in writers.py.
 PAGE: dict[str, dict[str, tuple[str, ...]]] = {
     "learning": {
         "loss": ("train/loss$",),
+        "loss: deviations from the median": ("train/loss_deviation$",),
         "terms of the loss": (r"terms/(?!accuracy|logit_scale|dropped)",),
         "accuracy within the batch": ("terms/accuracy",),
         "logit scale": ("terms/logit_scale$",),
