@@ -20,7 +20,7 @@ from mmpt.data.micro_batches import TokenBudget
 from mmpt.engine.build import EngineConfig
 from mmpt.engine.guard import GuardConfig
 from mmpt.engine.optim import OptimConfig
-from mmpt.engine.resume import checkpoints_of
+from mmpt.engine.resume import holds_imported_weights
 from mmpt.evals.suite import EvalConfig
 from mmpt.methods.method import MethodConfig
 
@@ -112,8 +112,11 @@ def open_run_dir(recipe: Recipe) -> None:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             saved = run_dir / "recipe.yaml"
-            begun = (run_dir / "metrics.jsonl").exists() or checkpoints_of(run_dir).exists()
-            if saved.exists() and begun:
+            if holds_imported_weights(run_dir):
+                raise ValueError(
+                    f"{run_dir} holds imported weights; start another --run.dir from them with --run.init {run_dir}"
+                )
+            if saved.exists() and (run_dir / "metrics.jsonl").exists():
                 check_same_run(recipe, config.load_yaml(Recipe, saved))
             config.save_yaml(recipe, saved)
         except (ValueError, OSError) as error:

@@ -24,6 +24,12 @@ def checkpoints_of(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def holds_imported_weights(run_dir: Path) -> bool:
+    """Whether `mmpt import` made this directory, which is to be started from and not to be trained in."""
+    manifests = [path / "manifest.json" for path in sorted(checkpoints_of(run_dir).glob("step-*"))]
+    return any(path.is_file() and bool(read_manifest(path.parent).origins) for path in manifests[:1])
+
+
 def find_checkpoint(path: Path) -> tuple[Path, Manifest, list[str]]:
     """The newest valid checkpoint of a run directory, or the checkpoint itself, with notes. Collective.
 
@@ -51,10 +57,6 @@ def resume(run_dir: Path, saver: Saver, engine: Engine, seed: int, init: str | N
     found = newest_valid(checkpoints_of(run_dir))
     if found is not None:
         checkpoint, manifest, passed_over = found
-        if manifest.origins:
-            raise ValueError(
-                f"{run_dir} holds imported weights; start another --run.dir from them with --run.init {run_dir}"
-            )
         progress = Progress(**load(checkpoint, manifest, engine, seed))
         notes = [f"passed over {reason}" for reason in passed_over]
         if manifest.world_size not in (0, dist.world_size()):  # 0: no rank, an import
