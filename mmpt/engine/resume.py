@@ -1,5 +1,6 @@
 """Where a run starts: from its own newest valid checkpoint, from another run's weights, or from nothing."""
 
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,8 +27,10 @@ def checkpoints_of(run_dir: Path) -> Path:
 
 def holds_imported_weights(run_dir: Path) -> bool:
     """Whether `mmpt import` made this directory, which is to be started from and not to be trained in."""
-    manifests = [path / "manifest.json" for path in sorted(checkpoints_of(run_dir).glob("step-*"))]
-    return any(path.is_file() and bool(read_manifest(path.parent).origins) for path in manifests[:1])
+    for checkpoint in sorted(checkpoints_of(run_dir).glob("step-*"))[:1]:
+        with contextlib.suppress(ValueError):  # damage is dealt with where checkpoints are read
+            return bool(read_manifest(checkpoint).origins)
+    return False
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Manifest, list[str]]:
