@@ -213,25 +213,27 @@ def winners_of(setting: Setting, columns: int) -> float:
     return setting.pairs * columns * (of_patches + of_words)
 
 
-def work(setting: Setting) -> list[Work]:
-    """FLOPs per step and device, by part: matrix products only.
+def work(setting: Setting, again: bool = True) -> list[Work]:
+    """FLOPs per step and device, by part: matrix products only. again: count what is computed again to save memory.
 
     A block: 24 D^2 for each token and 4 L D for its attention (Kaplan et al. 2020, table 1); a step is three forwards,
-    one more where activations or features are computed twice.
+    one more where activations or features are computed twice; a tower that is locked has no backward.
     """
-    out = []
+    out, lock = [], setting.recipe.optim.lock
     for tower in towers(setting):
         width, depth, tokens = tower.trunk.width, tower.trunk.depth, setting.pairs * tower.tokens
         mlp = 4 * tower.trunk.mlp_ratio * width**2
         block = 8 * width**2 + mlp + 4 * tower.tokens * width
-        passes = 3 + tower.trunk.checkpoint_activations + (setting.micro_batches > 1)
+        locked = lock == "both" or (lock != "none" and tower.name.startswith(lock))
+        passes = (1 if locked else 3) + again * (setting.micro_batches > 1)
+        passes += again * (tower.trunk.checkpoint_activations and not locked)
         out.append(Work(tower.name, passes * tokens * (depth * block + 2 * tower.inputs * width)))
     meet, count = meeting(setting), setting.recipe.run.global_batch
     once = 2.0 * setting.pairs * count * meet.image_tokens * meet.text_tokens * meet.width
     ring = meet.contrast.exchange == "ring" and setting.devices > 1
     twice = ring or 8 * setting.pairs * count > meet.contrast.score_bytes
     found_again = any(part.name == "winners" and part.why != "stored" for part in _loss_memory(setting))
-    out.append(Work("similarity", once * (3 + (twice or found_again))))
+    out.append(Work("similarity", once * (3 + again * (twice or found_again))))
     return out
 
 

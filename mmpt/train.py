@@ -32,6 +32,7 @@ from mmpt.engine.stopping import Ballot
 from mmpt.engine.writers import Writers
 from mmpt.evals.boards import boards
 from mmpt.evals.suite import evaluate
+from mmpt.flops import Utilisation
 from mmpt.recipe import Recipe, open_run_dir, parse_arguments
 
 # All ranks meet an error of the command line; the launcher ends them all when one ends, and rank 0 should have spoken.
@@ -107,7 +108,7 @@ def loop(
     run, run_dir, total_steps = recipe.run, Path(recipe.run.dir), recipe.total_steps()
     last_step = min(total_steps, run.stop_at_step or total_steps)
     metrics, spikes = Metrics(run.global_batch, engine.device), Spikes(run.spikes, progress.recent_losses)
-    recorded_step = progress.step
+    utilisation, recorded_step = Utilisation(recipe, engine.device), progress.step
     if guard.told_before_start(saver, engine.device):
         return guard.leave(saver, progress, writers, late=False)
     while progress.step < last_step:
@@ -117,20 +118,25 @@ def loop(
         waited = time.perf_counter() - began
         guard.beat("step", progress.step)
         lr = learning_rate(recipe.optim, progress.applied_steps, total_steps)
-        result, terms = train_step(engine, delivery.micro_batches, lr, guard.ballot(saver), spikes.veto)
+        record_due = due(progress.step + 1, run.log_every_steps) or progress.step + 1 == last_step
+        engine.norms.watching = record_due
+        with utilisation.counting(delivery.micro_batches, engine.method.couples_pairs):
+            result, terms = train_step(engine, delivery.micro_batches, lr, guard.ballot(saver), spikes.veto)
         heard = Ballot(*result.ballot)
         progress.advance(result.applied, delivery.state, run.global_batch)
         quarantine.append(run_dir, dist.rank(), delivery.quarantined)
         guard.hear(heard, saver, writers)
         guard.step_done(time.perf_counter() - began)
-        metrics.add(result, terms, waited, time.perf_counter() - began, len(delivery.quarantined))
+        metrics.add(result, terms, waited, time.perf_counter() - began, delivery)
         writers.advance(progress.step)
         last = progress.step == last_step
 
-        if last or progress.step % run.log_every_steps == 0:
+        if record_due:
             record = metrics.record() | saver.record() | epochs(delivery.epochs)
             record |= {"learning_rate": lr, "samples": progress.step * run.global_batch}
             record |= spikes.at_record(record["loss"])
+            record |= engine.norms.record(result.grad_norm)
+            record |= utilisation.record(record["mean_text_tokens"], record["samples_per_second_per_device"])
             writers.record(progress.step, record, SHOWN, metrics.straggler)
             recorded_step, unrecorded_steps = progress.step, progress.step - recorded_step
             if spikes.spike:

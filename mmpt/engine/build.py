@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmpt import dist
 from mmpt.engine.lamb import Lamb
+from mmpt.engine.norms import PartNorms
 from mmpt.engine.optim import OptimConfig, build_optimizer, freeze, parameter_groups
 from mmpt.engine.partition import clear_gradient_shards, segments, spoil_gradients
 from mmpt.engine.teacher import advance
@@ -101,6 +102,8 @@ class Engine:
 
     def __init__(self, deepspeed_engine: Any, config: EngineConfig, clip_norm: float):
         self.deepspeed, self.config, self.clip_norm = deepspeed_engine, config, clip_norm
+        self.segments = segments(deepspeed_engine)
+        self.norms = PartNorms(self.optimizer, self.segments, self.over_pieces, self.device)
 
     @property
     def method(self) -> Method:
@@ -115,6 +118,10 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return self.deepspeed.device
+
+    def over_pieces(self, vector: Tensor) -> Tensor:
+        """The sum over the ranks that hold different pieces of the same parameters."""
+        return dist.sum_over_ranks(vector) if self.config.zero_stage else vector
 
     @property
     def loss_scale(self) -> float:
@@ -203,8 +210,7 @@ def build(method: Method, config: EngineConfig, optim: OptimConfig, micro_batch:
     engine = Engine(wrapped, config, optim.clip_norm)
     if isinstance(engine.optimizer, Lamb):
         names = sorted(name for name, parameter in method.named_parameters() if parameter.requires_grad)
-        over_ranks = dist.sum_over_ranks if config.zero_stage else lambda vector: vector
-        engine.optimizer.attach(segments(wrapped), names, over_ranks)
+        engine.optimizer.attach(engine.segments, names, engine.over_pieces)
     return engine
 
 

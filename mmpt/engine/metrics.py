@@ -7,6 +7,7 @@ import time
 import torch
 
 from mmpt import dist
+from mmpt.data.device import Delivery
 from mmpt.engine.build import StepResult
 from mmpt.engine.stragglers import Stragglers
 from mmpt.methods.method import Term
@@ -28,14 +29,14 @@ class Metrics:
         self._step_seconds: list[float] = []
         self._data_seconds = 0.0
         self._grad_norm = 0.0
-        self._quarantined = 0
+        self._quarantined, self._texts, self._text_tokens = 0, 0, 0
         self._since = time.perf_counter()
 
     def add(
-        self, result: StepResult, terms: dict[str, Term], data_seconds: float, step_seconds: float, quarantined: int
+        self, result: StepResult, terms: dict[str, Term], data_seconds: float, step_seconds: float, delivery: Delivery
     ) -> None:
         """One step: its terms (local sums and counts), the wait for its batch and its whole duration, in seconds, and
-        how many of its samples could not be used."""
+        what it was made on."""
         for name, term in terms.items():
             before = self._terms.get(name)
             self._terms[name] = (
@@ -44,7 +45,9 @@ class Metrics:
         self._data_seconds += data_seconds
         self._step_seconds.append(step_seconds)
         self._stragglers.add(data_seconds, step_seconds)
-        self._quarantined += quarantined
+        self._quarantined += len(delivery.quarantined)
+        self._texts += sum(len(batch) for batch in delivery.micro_batches)
+        self._text_tokens += sum(len(batch.text.x) for batch in delivery.micro_batches)
         self._grad_norm = result.grad_norm
         self.skipped_steps += not result.applied
 
@@ -55,11 +58,12 @@ class Metrics:
         Times are those of the slowest rank.
         """
         names = sorted(self._terms)
-        local = torch.zeros(len(names) + 1, 2, device=self.device)
+        local = torch.zeros(len(names) + 2, 2, device=self.device)
         for row, name in zip(local, names, strict=False):
             row[0], row[1] = self._terms[name].sum, self._terms[name].count
-        local[-1, 0] = self._quarantined
-        *sums, (quarantined, _) = dist.sum_over_ranks(local).tolist()
+        local[-2, 0] = self._quarantined
+        local[-1, 0], local[-1, 1] = self._text_tokens, self._texts
+        *sums, (quarantined, _), (text_tokens, texts) = dist.sum_over_ranks(local).tolist()
         out: dict[str, float] = {"loss": 0.0}
         for name, (total, count) in zip(names, sums, strict=True):
             value = total / count if count else float("nan")
@@ -87,6 +91,7 @@ class Metrics:
             "memory_gib": worst[5],
             "skipped_steps": float(self.skipped_steps),
             "quarantine_rate": quarantined / pairs,
+            "mean_text_tokens": text_tokens / texts,
         }
         compared, self.straggler = self._stragglers.record()
         self._clear()

@@ -64,13 +64,13 @@ def freeze(module: nn.Module, lock: str) -> None:
     matches."""
     locked = {"none": (), "image": ("image",), "text": ("text",), "both": ("image", "text")}[lock]
     for tower in locked:
-        names = [n for n, _ in module.named_parameters() if _tower(n) == tower]
+        names = [n for n, _ in module.named_parameters() if tower_of(n) == tower]
         if not names:
             raise ValueError(f"optim.lock={lock!r}, but the model has no {tower} tower")
         for name in names:
             module.get_parameter(name).requires_grad_(False)
         for name, norm in module.named_modules():
-            if isinstance(norm, BatchNorm) and _tower(name) == tower:
+            if isinstance(norm, BatchNorm) and tower_of(name) == tower:
                 norm.locked = True
 
 
@@ -79,7 +79,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     depth = {"image": 0, "text": 0, "": 0}
     for name, _ in module.named_parameters():
         if block := BLOCK.search(name):
-            depth[_tower(name)] = max(depth[_tower(name)], int(block[1]) + 1)
+            depth[tower_of(name)] = max(depth[tower_of(name)], int(block[1]) + 1)
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in sorted(module.named_parameters()):
         if parameter.ndim == 0:
@@ -87,7 +87,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
         if parameter.requires_grad:
             decay = config.weight_decay if _decays(name, parameter, config) else 0.0
             scale = config.layer_decay ** _layers_below_top(name, depth)
-            if _tower(name) and "projection" not in name:
+            if tower_of(name) and "projection" not in name:
                 scale *= config.tower_lr
             groups.setdefault((decay, scale), []).append(parameter)
     if not groups:
@@ -98,7 +98,8 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     ]
 
 
-def _tower(name: str) -> str:
+def tower_of(name: str) -> str:
+    """The tower that a parameter belongs to; empty for what is beside or above the towers."""
     found = TOWER.search(name)
     return found[1] if found else ""
 
@@ -110,7 +111,7 @@ def _decays(name: str, parameter: Tensor, config: OptimConfig) -> bool:
 
 def _layers_below_top(name: str, depth: dict[str, int]) -> int:
     """0 for the top block and everything above it, depth for what lies below the first block (the embeddings)."""
-    tower = _tower(name)
+    tower = tower_of(name)
     if block := BLOCK.search(name):
         return depth[tower] - 1 - int(block[1])
     below = "embedding" in name or "ln_pre" in name

@@ -37,6 +37,9 @@ TENSORBOARD_GROUPS = {
     "step_seconds_p95": "system",
     "step_seconds_max": "system",
     "quarantine_rate": "system",
+    "mean_text_tokens": "system",
+    "model_tflops_per_second_per_device": "system",
+    "mfu": "system",
     "restarts": "system",
 }
 """Everything else is a term of the loss ("terms/") or has its group in its own name ("eval/...")."""

@@ -12,20 +12,26 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from mmpt import dist
+from mmpt.data.device import Delivery
+from mmpt.data.quarantine import BadSample
 from mmpt.engine.build import StepResult
 from mmpt.engine.events import Events
 from mmpt.engine.layout import PAGE
 from mmpt.engine.metrics import Metrics, _percentile
 from mmpt.engine.writers import TENSORBOARD_GROUPS, Writers, drop_records_after
 from mmpt.methods.method import Term
+from tests.engine.toy import batches
 from tests.ranks import run
 
 WANTED = {
     "loss", "contrastive", "logit_scale", "grad_norm", "samples_per_second", "samples_per_second_per_device",
     "data_wait_share", "step_seconds_p50", "step_seconds_p95", "step_seconds_max", "memory_gib", "skipped_steps",
     "straggler_factor", "straggler_rank",
-    "quarantine_rate",
+    "quarantine_rate", "mean_text_tokens",
 }  # fmt: skip
+
+
+BAD = BadSample("a.tar", "key", 0, "decode", 0, "")
 
 
 def terms(total: float, count: float) -> dict[str, Term]:
@@ -44,7 +50,7 @@ def record_on(rank: int, world_size: int) -> dict[str, float]:
             terms(6.0 * (rank + 1), 2.0 * (rank + 1) ** 2),
             0.001,
             0.01 * (rank + 1),
-            quarantined=rank,
+            Delivery(batches(4, 1), 0, (0.0,), [BAD] * rank),
         )
     return metrics.record()
 
@@ -70,7 +76,13 @@ def slow_on_rank_1(rank: int, world_size: int, where: str) -> tuple[dict[str, fl
         waited = time.perf_counter() - began
         time.sleep(0.55 if rank == 1 and where == "step" else 0.05)
         dist.gather(torch.ones(2, 2))
-        metrics.add(StepResult(True, 1.0), terms(1.0, 1.0), waited, time.perf_counter() - began)
+        metrics.add(
+            StepResult(True, 1.0),
+            terms(1.0, 1.0),
+            waited,
+            time.perf_counter() - began,
+            Delivery(batches(4, 1), 0, (0.0,), []),
+        )
     time.sleep(0.1)
     dist.gather(torch.ones(2, 2))  # an evaluation, which is no part of any step
     return metrics.record(), metrics.straggler
