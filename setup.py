@@ -40,6 +40,7 @@ setup(
             "hypothesis",
             "lmdb",
             "moto",
+            "prometheus-client",
             "pyright",
             "pytest",
             "ruff",

@@ -49,6 +49,8 @@ class RunConfig(GuardConfig):
     """Checkpoints at multiples of this are kept for good; 0 keeps none."""
     stop_at_step: int | None = None
     """Save and stop at this step, without changing the schedule; the same command continues."""
+    prometheus_port: int = 0
+    """Serve the core numbers to Prometheus at this port of the loopback interface too; 0 writes metrics.prom alone."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.keep_last",
     "run.keep_every_steps",
     "run.stop_at_step",
+    "run.prometheus_port",
     *(f"run.{field.name}" for field in fields(GuardConfig)),
 )
 

@@ -90,7 +90,7 @@ def train_from_checkpoint(recipe: Recipe, engine: Engine, saver: Saver, guard: G
         progress.left_out,
     )  # fmt: skip
     deliveries = DeviceLoader(loader, engine.device, recipe.cut(world_size), overlap=engine.device.type == "cuda")
-    writers = Writers(run_dir, progress.step, recipe.total_steps(), guard.events.attempt - 1)
+    writers = Writers(run_dir, progress.step, recipe.total_steps(), guard.events, run.prometheus_port)
     with closing(deliveries), closing(writers):
         progress.begin(loader.fingerprint, loader.state, run_dir)
         if not loader.exactly_once:

@@ -27,6 +27,8 @@ class Events:
         """Counts the starts of this run, from 1. Right on the rank that writes."""
         saves = [event["seconds"] for event in past if event.get("event") == "save"]
         self.slowest_recent_save_seconds = max(saves[-5:], default=0.0)
+        self.last_save_time = max((event["time"] for event in past if event.get("event") == "save"), default=None)
+        """When a checkpoint was last published, unix time; None before the first."""
         self.last_end = _end_of(past)
         """How the attempt before this one ended, in words; empty for the first."""
 
@@ -35,6 +37,8 @@ class Events:
         if not self._on:
             return
         line = {"time": round(time.time(), 3), "event": event, "step": step, "attempt": self.attempt, **facts}
+        if event == "save":
+            self.last_save_time = line["time"]
         try:
             whole = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
             with open(self._path, "ab") as file:  # one write to a file opened for appending

@@ -1,4 +1,4 @@
-"""Where records go: the console, metrics.jsonl and TensorBoard. Rank 0 only; the other ranks hold a writer that is off.
+"""Where records go: the console, metrics.jsonl, TensorBoard and Prometheus. Rank 0 only; elsewhere a writer is off.
 
 On resume, records of steps after the checkpoint are dropped from metrics.jsonl and hidden on TensorBoard, so that a
 curve never runs twice through the same step.
@@ -14,7 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch.utils.tensorboard import SummaryWriter
 
 from mmpt import dist
+from mmpt.engine.events import Events
 from mmpt.engine.layout import layout
+from mmpt.engine.prometheus import Prometheus
 
 TENSORBOARD_GROUPS = {
     "loss": "train",
@@ -46,10 +48,10 @@ TENSORBOARD_GROUPS = {
 
 
 class Writers:
-    """Open with the step that training continues from (0 for a new run), and how often the run was started again."""
+    """Open with the step that training continues from (0 for a new run). prometheus_port: see engine/prometheus.py."""
 
-    def __init__(self, run_dir: Path, start_step: int, total_steps: int, restarts: int):
-        self.on, self._restarts = dist.rank() == 0, restarts
+    def __init__(self, run_dir: Path, start_step: int, total_steps: int, events: Events, prometheus_port: int):
+        self.on, self._restarts = dist.rank() == 0, events.attempt - 1
         if not self.on:
             return
         self._jsonl = run_dir / "metrics.jsonl"
@@ -63,6 +65,15 @@ class Writers:
         )  # fmt: skip
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step)
         self._progress.start()
+        self._prometheus = self._open_prometheus(run_dir, prometheus_port, events)
+
+    def _open_prometheus(self, run_dir: Path, port: int, events: Events) -> Prometheus:
+        """Without HTTP where the port is taken: being watched is not what a run is for."""
+        try:
+            return Prometheus(run_dir, port, events)
+        except OSError as error:
+            self.say(f"run.prometheus_port={port}: {error.strerror}; nothing is served, metrics.prom is written")
+            return Prometheus(run_dir, 0, events)
 
     def say(self, text: str) -> None:
         """One line on the console."""
@@ -79,10 +90,11 @@ class Writers:
             return
         with open(self._jsonl, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        restarts = (
-            {"restarts": self._restarts} if "loss" in values else {}
-        )  # how a run was cut is no part of its record
-        for name, value in (values | restarts).items():
+        plotted = values
+        if "loss" in values:  # how a run was cut is no part of its record
+            plotted = values | {"restarts": self._restarts}
+            self._prometheus.write(step, values)
+        for name, value in plotted.items():
             tag = name if "/" in name else f"{TENSORBOARD_GROUPS.get(name, 'terms')}/{name}"
             self._tensorboard.add_scalar(tag, value, step)
         numbers = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
@@ -103,6 +115,7 @@ class Writers:
 
     def close(self) -> None:
         if self.on:
+            self._prometheus.close()
             self._progress.stop()
             self._tensorboard.close()
 

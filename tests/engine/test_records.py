@@ -119,8 +119,14 @@ def test_records_after_the_checkpoint_are_dropped_with_a_half_written_line(tmp_p
     assert not (tmp_path / "nothing").exists()
 
 
+def third_attempt(run_dir: Path) -> Events:
+    for _ in range(2):
+        Events(run_dir, on=True).add("preflight", 0, {})
+    return Events(run_dir, on=True)
+
+
 def test_writers_fill_jsonl_and_tensorboard(tmp_path: Path, capsys) -> None:
-    writers = Writers(tmp_path, 0, 10, restarts=2)
+    writers = Writers(tmp_path, 0, 10, third_attempt(tmp_path), 0)
     writers.text("recipe", "method: clip", 0)
     picture = np.zeros((4, 6, 3), np.uint8)
     for step in (1, 2):
@@ -149,7 +155,7 @@ def page_read_back(folder: Path) -> dict[str, list[str]]:
 
 
 def test_the_page_shows_every_record_where_it_belongs(tmp_path: Path) -> None:
-    Writers(tmp_path, 0, 10, restarts=0).close()
+    Writers(tmp_path, 0, 10, Events(tmp_path, on=True), 0).close()
     charts = page_read_back(tmp_path / "tensorboard")
     assert {title for charts in PAGE.values() for title in charts} == charts.keys()
 
