@@ -26,6 +26,7 @@ PAGE: dict[str, dict[str, tuple[str, ...]]] = {
         "model FLOP utilisation": ("system/mfu$",),
         "model TFLOP per second and device": ("system/model_tflops_per_second_per_device$",),
         "step seconds (median, 95 %, longest)": ("system/step_seconds_",),
+        "tokens of a text, on average": ("system/mean_text_tokens$",),
         "share of time waiting for data": ("system/data_wait_share$",),
         "memory in GiB": ("system/memory_gib$",),
         "slowest rank: its own time over the median rank's": ("system/straggler_factor$",),
