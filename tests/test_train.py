@@ -135,11 +135,11 @@ def test_another_world_size_and_stage_continue_to_rounding(scenes: Path, tmp_pat
         assert part.returncode == 0, part.stdout + part.stderr
     for a, b in zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True):
         whole_found, parts_found = ({k: v for k, v in record if k.startswith("accuracy")} for record in (a, b))
-        # A record counts the winners among some 80 pairs: two scores a rounding apart may change places.
-        assert parts_found == pytest.approx(whole_found, abs=2.01 / 80)
-        assert {k: v for k, v in b if k not in parts_found} == pytest.approx(
-            {k: v for k, v in a if k not in whole_found}, rel=2e-4
-        ), "the same samples, in the same steps"
+        # A record counts the winners among 16 pairs: two scores a rounding apart may change places.
+        assert parts_found == pytest.approx(whole_found, abs=1.01 / 16)
+        # Adam makes whole steps of a gradient that is nothing but rounding, so updates are alike to less.
+        rounded = [{k: v for k, v in record if not k.startswith(("accuracy", "update_"))} for record in (a, b)]
+        assert rounded[1] == pytest.approx(rounded[0], rel=2e-4), "the same samples, in the same steps"
 
 
 def one_line(done: subprocess.CompletedProcess, status: int) -> str:
