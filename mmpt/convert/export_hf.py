@@ -7,17 +7,19 @@ from typing import Any
 
 from safetensors.torch import save_file
 from transformers import (
+    AlignConfig,
     ChineseCLIPConfig,
     CLIPConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     SiglipConfig,
     ViltConfig,
-)  # fmt: skip
+)
 
-from mmpt.convert import hf_clip, hf_siglip, hf_vilt
+from mmpt.convert import hf_align, hf_clip, hf_siglip, hf_vilt
 from mmpt.convert.exporting import check_outputs, their_tensors
 from mmpt.convert.format import ACTIVATIONS, Format
+from mmpt.methods.align import ALIGN
 from mmpt.methods.clip import CLIP
 from mmpt.methods.filip import FILIP
 from mmpt.methods.method import Method
@@ -25,6 +27,7 @@ from mmpt.methods.siglip import SigLIP, SigLIPConfig
 from mmpt.methods.vilt import ViLT, ViLTConfig
 from mmpt.models.bert import BertConfig
 from mmpt.models.dual_tower import DualTowerConfig
+from mmpt.models.efficientnet import EfficientNetConfig, their_config
 from mmpt.models.image import ViTConfig
 from mmpt.models.text import TextTransformerConfig
 from mmpt.models.transformer import TransformerConfig
@@ -51,13 +54,15 @@ def export_hf(
 
 def their_class(
     recipe: Recipe, method: Method, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Format, PretrainedConfig, ViTConfig, list[str]]:
+) -> tuple[Format, PretrainedConfig, ViTConfig | EfficientNetConfig, list[str]]:
     """(layout, configuration, image tower, notes) of the class that computes what the method computes."""
     ours: Any = recipe.method
     if isinstance(method, CLIP | FILIP) and isinstance(ours.towers.image, ViTConfig):
         return hf_clip.FORMAT, clip_config(ours.towers, tokenizer), ours.towers.image, notes_of(method)
     if isinstance(method, SigLIP):
         return hf_siglip.FORMAT, siglip_config(ours, tokenizer), ours.image, []
+    if isinstance(method, ALIGN) and isinstance(ours.towers.image, EfficientNetConfig):
+        return hf_align.FORMAT, align_config(ours.towers), ours.towers.image, []
     if isinstance(method, ViLT):
         return hf_vilt.FORMAT, vilt_config(ours), ours.image, notes_of(method)
     raise ValueError(
@@ -95,7 +100,7 @@ def clip_config(towers: DualTowerConfig, tokenizer: PreTrainedTokenizerBase) -> 
     if isinstance(text, BertConfig):
         return ChineseCLIPConfig(text_config=bert(text) | {"pad_token_id": pad}, vision_config=vision, **shared)
     if not isinstance(text, TextTransformerConfig) or not text.causal:
-        raise ValueError("CLIPModel's text tower is causal")
+        raise ValueError("CLIPModel's text tower is a causal transformer")
     if ids["eos_token_id"] == 2:
         raise ValueError(
             "transformers takes a CLIPModel whose end token has id 2 for an early conversion of OpenAI's, and reads "
@@ -113,6 +118,19 @@ def siglip_config(ours: SigLIPConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
     words |= {"projection_size": image.width, "bos_token_id": end, "eos_token_id": end}  # which it does not read
     words |= {"pad_token_id": tokenizer.pad_token_id}
     return SiglipConfig(text_config=trunk(text.trunk) | words, vision_config=vision)
+
+
+def align_config(towers: DualTowerConfig) -> PretrainedConfig:
+    """ValueError where AlignModel is built otherwise."""
+    image, text = towers.image, towers.text
+    assert isinstance(image, EfficientNetConfig)
+    if not isinstance(text, BertConfig) or not towers.text_projection_bias:
+        raise ValueError("AlignModel's text tower is a BERT, and its projection has a bias")
+    theirs = their_config(image)
+    names = ("image_size", "width_coefficient", "depth_coefficient", "hidden_dim", "depthwise_padding", "strides",
+             "num_block_repeats", "drop_connect_rate")  # fmt: skip
+    vision = {name: getattr(theirs, name) for name in names}
+    return AlignConfig(text_config=bert(text), vision_config=vision, projection_dim=towers.embed_dim)
 
 
 def vilt_config(ours: ViLTConfig) -> PretrainedConfig:
@@ -141,7 +159,7 @@ def trunk(ours: TransformerConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def preparation(image: ViTConfig, configuration: str) -> dict[str, Any]:
+def preparation(image: ViTConfig | EfficientNetConfig, configuration: str) -> dict[str, Any]:
     """preprocessor_config.json: our evaluation's resize, centre crop and normalisation."""
     side = {"height": image.image_size, "width": image.image_size}
     out = {
@@ -149,6 +167,7 @@ def preparation(image: ViTConfig, configuration: str) -> dict[str, Any]:
         "image_mean": list(image.mean), "image_std": list(image.std), "do_convert_rgb": True,
     }  # fmt: skip
     if configuration == "ViltConfig":
+        assert isinstance(image, ViTConfig)
         longest = {"size": {"shortest_edge": image.image_size}, "size_divisor": image.patch_size, "do_pad": True}
         return out | longest | {"image_processor_type": "ViltImageProcessor"}
     crop = {"size": {"shortest_edge": image.image_size}, "do_center_crop": True, "crop_size": side}

@@ -18,7 +18,7 @@ from mmpt.convert import (
     uniter,
     vilt,
     wukong,
-)  # fmt: skip
+)
 from mmpt.convert.format import Format
 from mmpt.convert.reading import Source
 

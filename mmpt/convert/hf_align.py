@@ -1,5 +1,6 @@
 """transformers' AlignModel: an EfficientNet without its last convolution, whose names are ours, and BERT."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from mmpt.methods.align import ALIGN
 from mmpt.methods.method import Method
 from mmpt.models.bert import Bert, BertEmbedding
 from mmpt.models.dual_tower import DualTower
-from mmpt.models.efficientnet import EfficientNet
+from mmpt.models.efficientnet import EfficientNet, their_config
 from mmpt.models.logit_scale import Temperature
 
 
@@ -48,10 +49,19 @@ def settings(source: Source, method: Method) -> dict[str, Any]:
     told = fields(method, Bert, text) | fields(method, DualTower, {"project_image": False})
     for name, tower in method.named_modules():
         if isinstance(tower, EfficientNet):
-            padding = {} if tower.config.image_size % 2 == 0 else {"padding": "even"}
-            image = pixel_settings(source.preprocessor) | {"top": False} | padding
+            image = pixel_settings(source.preprocessor) | {"top": False} | padding(tower, source)
             told |= {f"method.{name}.{path}": value for path, value in image.items()}
     return told
+
+
+def padding(tower: EfficientNet, source: Source) -> dict[str, Any]:
+    """Where a grid has an odd side, transformers pads as if it were even, but for blocks that config.json names."""
+    same = replace(tower.config, padding="same")
+    odd = set(their_config(same).depthwise_padding)
+    named = set(source.config.get("vision_config", {}).get("depthwise_padding", ()))
+    if not odd and same.image_size % 2 == 0:
+        return {}
+    return {"padding": "same" if odd <= named and same.image_size % 2 == 0 else "even"}
 
 
 def pooler(method: Method) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ WEIGHTS = (
     "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin",
 )  # fmt: skip
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-CONFIGS = ("config.json", "open_clip_config.json")
 WRAPPERS = ("state_dict", "model", "model_state_dict")
 """Under which entry trainers keep the weights."""
 
@@ -49,11 +48,12 @@ def read(path: Path) -> Source:
     if (path / "recipe.yaml").exists() or (path / "manifest.json").exists():
         raise ValueError(f"{path} is a run of mmpt already: give it to --run.init or `mmpt eval` as it is")
     tensors: dict[str, Tensor] = {}
-    for file in _files(path):
+    files = _files(path)
+    for file in files:
         tensors |= _tensors(file)
-    config = next((_json(path / name) for name in CONFIGS if (path / name).is_file()), {})
-    preprocessor = path / "preprocessor_config.json"
-    return Source(path, without_module(tensors), config, _json(preprocessor) if preprocessor.is_file() else {})
+    config = path / ("open_clip_config.json" if files[0].name.startswith("open_clip") else "config.json")
+    found = [_json(file) if file.is_file() else {} for file in (config, path / "preprocessor_config.json")]
+    return Source(path, without_module(tensors), *found)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -119,7 +119,7 @@ class EfficientNet(ImageTower):
     def __init__(self, config: EfficientNetConfig):
         super().__init__()
         self.config = config
-        theirs: Any = transformers.EfficientNetModel(_theirs(config))
+        theirs: Any = transformers.EfficientNetModel(their_config(config))
         self.embedding, self.blocks = theirs.embeddings, theirs.encoder.blocks
         top = (theirs.encoder.top_conv, theirs.encoder.top_bn, theirs.encoder.top_activation) if config.top else ()
         self.top = nn.Sequential(*top)
@@ -169,7 +169,8 @@ class DropConnect(nn.Module):
         return update * (kept / keep).to(update.dtype)
 
 
-def _theirs(config: EfficientNetConfig) -> transformers.EfficientNetConfig:
+def their_config(config: EfficientNetConfig) -> transformers.EfficientNetConfig:
+    """The configuration of transformers' class with these blocks."""
     side, symmetric = (config.image_size + 1) // 2, []
     for number, (stride, after) in enumerate(config.sides()):
         if stride == 2 and side % 2 and config.padding == "same":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import (
+    AlignModel,
     AutoConfig,
     AutoTokenizer,
     ChineseCLIPModel,
@@ -17,7 +18,7 @@ from transformers import (
     SiglipModel,
     ViltForImageAndTextRetrieval,
     ViltForMaskedLM,
-)  # fmt: skip
+)
 
 from mmpt import config
 from mmpt.batch import Pictures, pack, pack_equal
@@ -27,6 +28,7 @@ from mmpt.convert.export_hf import clip_config
 from mmpt.convert.exporting import their_tensors, write_file
 from mmpt.engine.resume import find_checkpoint
 from mmpt.engine.weights import load_weights, tensors_of
+from mmpt.methods.align import ALIGNConfig
 from mmpt.methods.clip import CLIPConfig
 from mmpt.methods.filip import FILIPConfig
 from mmpt.methods.method import Method, MethodConfig
@@ -34,6 +36,7 @@ from mmpt.methods.siglip import SigLIPConfig
 from mmpt.methods.vilt import ViLTConfig
 from mmpt.models.bert import BertConfig, BertEmbeddingConfig
 from mmpt.models.dual_tower import DualTowerConfig
+from mmpt.models.efficientnet import EfficientNetConfig
 from mmpt.models.image import ViTConfig
 from mmpt.models.text import TextTransformerConfig
 from mmpt.models.transformer import TransformerConfig
@@ -185,6 +188,23 @@ def test_vilt_for_transformers(tmp_path: Path, tokenizer: Path) -> None:
     states = ours.fuse(text_tokens, image_tokens).tokens.x
     torch.testing.assert_close(words(**inputs).logits[0], ours.word_head(states[:5]), **TOLERANCE)
     torch.testing.assert_close(pairs(**inputs).logits[0], ours.score_pairs(image_tokens, text_tokens), **TOLERANCE)
+    check_same(ours, reimported(config, out, tmp_path))
+
+
+@torch.no_grad()
+def test_align_for_transformers(tmp_path: Path, tokenizer: Path) -> None:
+    """At a size whose grids have odd sides: 36, 18, 9, 5 and so on, padded alike on both sides there."""
+    trunk = TransformerConfig(24, 2, 4, norm="post", norm_eps=1e-12, init="bert")
+    text = BertConfig(BertEmbeddingConfig(24, VOCABULARY, 16), trunk, MAX_TOKENS)
+    image = EfficientNetConfig(0.1, 0.3, 36, top=False)
+    config = ALIGNConfig(DualTowerConfig(image, text, image.width, project_image=False, text_projection_bias=True))
+    ours, out = exported(config, tmp_path, tokenizer)
+    theirs = AlignModel.from_pretrained(out).eval()
+    inputs, texts = encoded(out)
+    raw = torch.randint(0, 256, (4, 3, 36, 36), dtype=torch.uint8)
+    found = theirs(**inputs, pixel_values=pixels(raw, image.mean, image.std))
+    torch.testing.assert_close(found.image_embeds, ours.encode_image(Pictures(raw)), **TOLERANCE)
+    torch.testing.assert_close(found.text_embeds, ours.encode_text(pack(texts)), **TOLERANCE)
     check_same(ours, reimported(config, out, tmp_path))
 
 

@@ -17,7 +17,7 @@ from transformers import (
     BlipTextConfig,
     BlipTextModel,
     ViTModel,
-)  # fmt: skip
+)
 
 from mmpt.batch import Pictures, Regions, Tokens, pack, unpack
 from mmpt.convert import formats

@@ -19,7 +19,7 @@ from transformers import (
     ViltConfig,
     ViltForMaskedLM,
     ViTModel,
-)  # fmt: skip
+)
 from transformers import ViTConfig as TheirViTConfig
 
 from mmpt.batch import Pictures, pack, unpack
@@ -52,7 +52,7 @@ from tests.models.weights import (
     WIDTH,
     clip_pair,
     shake,
-)  # fmt: skip
+)
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 DEPTH = 3

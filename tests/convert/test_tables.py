@@ -11,6 +11,7 @@ from mmpt.convert import formats
 from mmpt.convert.exporting import their_tensors
 from mmpt.convert.importing import respelled, take
 from mmpt.convert.reading import Source
+from mmpt.convert.rules import matches
 from mmpt.engine.weights import put, tensors_of
 from mmpt.methods.align import ALIGNConfig
 from mmpt.methods.clip import CLIPConfig
@@ -28,7 +29,7 @@ RESNET = ResNetConfig((1, 2, 1, 1), 8, "modified", "attention", 12, 32)
 EFFICIENT = EfficientNetConfig(0.1, 0.1, 32, top=False)
 BARE = replace(SEEN, norm_before=False)
 METHODS: dict[str, MethodConfig] = {
-    **{name: CONFIGS[name] for name in ("clip", "filip", "siglip", "vilt", "albef local", "uniter mlm")},
+    **{name: CONFIGS[name] for name in ("clip", "filip", "siglip", "vilt", "albef local", "uniter mlm", "meter")},
     "clip, resnet": CLIPConfig(DualTowerConfig(RESNET, TEXT, 12, project_image=False)),
     "clip, bert": CLIPConfig(DualTowerConfig(TOWERS.image, READ, 12)),
     "clip, timm": CLIPConfig(DualTowerConfig(BARE, TEXT, 12)),
@@ -80,6 +81,26 @@ def test_there_and_back(format_name: str, name: str) -> None:
     for tensor_name, value in tensors_of(ours).items():
         if tensor_name not in kept:
             assert torch.equal(tensors_of(other)[tensor_name], value), tensor_name
+
+
+PARTS = [
+    ("hf_bert", "clip, bert"), ("hf_bert", "albef local"), ("hf_bert", "uniter mlm"), ("hf_bert", "meter"),
+    ("hf_vit", "clip, timm"), ("timm_vit", "clip, timm"), ("timm_vit", "vilt"), ("timm_vit", "albef local"),
+    ("timm_vit", "meter"),
+]  # fmt: skip
+"""(format, method) where the format holds a part of the method."""
+
+
+@pytest.mark.parametrize(("format_name", "name"), PARTS)
+def test_parts_there_and_back(format_name: str, name: str) -> None:
+    format, ours, other = formats.named(format_name), built(name, 0), built(name, 1)
+    theirs, left = their_tensors(format, ours, partial=True)
+    source = Source(Path("theirs"), theirs, {}, {})
+    account = take(source, format, other, tensors_of(other), (), partial=True)
+    given = {match.ours for match in matches(format.rules(ours), tensors_of(ours))}
+    assert left and given and not account.left and given == account.loaded.keys() - set(left)
+    for tensor_name in given:
+        assert torch.equal(account.loaded[tensor_name], tensors_of(ours)[tensor_name]), tensor_name
 
 
 @pytest.mark.parametrize(("format_name", "name"), WHOLE)
