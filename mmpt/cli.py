@@ -3,6 +3,7 @@
     mmpt recipes                                             every recipe with its number of parameters
     mmpt eval RUN_DIR --task retrieval:SHARDS                zero-shot classification, retrieval, scenes
     mmpt plan --recipe filip.vit_l14 --gpus 64               memory and FLOPs per device, before anything runs
+    mmpt bench step --recipe filip.vit_b32                   pairs per second, MFU and memory on this device
     mmpt check-loss --recipe filip.tiny --ranks 4            W ranks against one process: losses and gradients
     mmpt checkpoint verify RUN_DIR                           are they whole? also list, prune, convert
     mmpt report RUN_DIR                                      RUN_DIR/report.html, and its tables here
@@ -27,6 +28,7 @@ import torch
 from mmpt import (
     check_loss,
     cli_audit,
+    cli_bench,
     cli_checkpoint,
     cli_convert,
     cli_explain,
@@ -63,12 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli_checkpoint.add_arguments(verbs.add_parser("checkpoint", help="list, verify, prune or convert checkpoints"))
     verb = verbs.add_parser("plan", help="tell what a recipe will need on each device", allow_abbrev=False)
     cli_plan.add_arguments(verb)
+    verb = verbs.add_parser("bench", help="measure a training step of a recipe here", allow_abbrev=False)
+    cli_bench.add_arguments(verb)
     verb = verbs.add_parser("check-loss", help="hold W ranks against one process", allow_abbrev=False)
     verb.add_argument("--ranks", type=int, default=2, metavar="W", help="processes on this node's CPU [2]")
     for name, text in cli_convert.VERBS.items():
         verbs.add_parser(name, help=text, add_help=False, prefix_chars="\0")  # it reads its own arguments
     parsed, flags = parser.parse_known_args(arguments)
-    if flags and parsed.verb not in ("plan", "check-loss", *cli_convert.VERBS):
+    if flags and parsed.verb not in ("plan", "bench", "check-loss", *cli_convert.VERBS):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     run = {"recipes": print_recipes, "eval": run_eval, "report": run_report, "audit": cli_audit.run,
            "explain": run_explain, "checkpoint": cli_checkpoint.run}  # fmt: skip
@@ -77,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return check_loss.start_ranks(flags, parsed.ranks)
         if parsed.verb == "plan":
             cli_plan.run(parsed, flags)
+        elif parsed.verb == "bench":
+            cli_bench.run(parsed, flags)
         elif parsed.verb in cli_convert.VERBS:
             cli_convert.run(parsed.verb, flags)
         else:

@@ -20,6 +20,7 @@ from mmpt.data.micro_batches import TokenBudget
 from mmpt.engine.build import EngineConfig
 from mmpt.engine.guard import GuardConfig
 from mmpt.engine.optim import OptimConfig
+from mmpt.engine.profile import check_steps
 from mmpt.engine.resume import holds_imported_weights
 from mmpt.evals.suite import EvalConfig
 from mmpt.methods.method import MethodConfig
@@ -49,8 +50,14 @@ class RunConfig(GuardConfig):
     """Checkpoints at multiples of this are kept for good; 0 keeps none."""
     stop_at_step: int | None = None
     """Save and stop at this step, without changing the schedule; the same command continues."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step, from 1 on, that are profiled on rank 0 into the run directory's profile/; empty: none."""
     prometheus_port: int = 0
     """Serve the core numbers to Prometheus at this port of the loopback interface too; 0 writes metrics.prom alone."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_steps(self.profile_steps)
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.keep_last",
     "run.keep_every_steps",
     "run.stop_at_step",
+    "run.profile_steps",
     "run.prometheus_port",
     *(f"run.{field.name}" for field in fields(GuardConfig)),
 )

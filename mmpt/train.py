@@ -23,6 +23,7 @@ from mmpt.engine.build import Engine, build, check_precision, evaluating
 from mmpt.engine.guard import Guard
 from mmpt.engine.metrics import Metrics
 from mmpt.engine.optim import learning_rate
+from mmpt.engine.profile import Profile
 from mmpt.engine.progress import Progress
 from mmpt.engine.resume import checkpoints_of, resume
 from mmpt.engine.saver import Saver
@@ -111,7 +112,9 @@ def loop(
     utilisation, recorded_step = Utilisation(recipe, engine.device), progress.step
     if guard.told_before_start(saver, engine.device):
         return guard.leave(saver, progress, writers, late=False)
+    profile = Profile(run_dir, run.profile_steps, engine.method, engine.device)
     while progress.step < last_step:
+        profile.before(progress.step + 1)
         began = time.perf_counter()
         guard.beat("data", progress.step)
         delivery = next(deliveries)
@@ -157,6 +160,7 @@ def loop(
             guard.save(saver, progress, writers, last)
             if dist.rank() == 0:
                 quarantine.merge(run_dir)
+    profile.close(progress.step + 1)
     return guard.finish(progress, writers, total_steps)
 
 

@@ -15,6 +15,7 @@ import threading
 from typing import NamedTuple, Self
 
 import torch
+from torch.profiler import record_function
 
 from mmpt import dist
 from mmpt.batch import Batch
@@ -61,6 +62,10 @@ class DeviceLoader:
 
     def __next__(self) -> Delivery:
         """Raises what the loader raises."""
+        with record_function("mmpt: data"):
+            return self._next()
+
+    def _next(self) -> Delivery:
         if not self._thread:
             return self._cut(self._deliver())
         made = self._ready.get()

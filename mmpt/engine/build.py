@@ -10,6 +10,7 @@ from typing import Any, Literal
 import deepspeed
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from mmpt import dist
 from mmpt.engine.lamb import Lamb
@@ -145,7 +146,8 @@ class Engine:
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add this loss's gradients. `last` marks the one after which ranks exchange them."""
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        self.deepspeed.backward(loss)
+        with record_function("mmpt: backward"):
+            self.deepspeed.backward(loss)
 
     def step(self, lr: float, dropped: bool = False) -> StepResult:
         """One optimizer step at this learning rate, clipped, unless a gradient is not finite anywhere.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from mmpt import dist
 from mmpt.batch import Batch, Tokens, concatenate
@@ -31,7 +32,8 @@ def train_step(
     else:
         terms = _plain_backward(engine, micro_batches, totals)
     dropped = veto is not None and veto(loss_over_ranks(terms, totals))
-    result = engine.step(lr, dropped)
+    with record_function("mmpt: optimizer"):
+        result = engine.step(lr, dropped)
     ballot = tuple(heard.tolist())
     engine.settle(result.applied)
     return replace(result, ballot=ballot), terms

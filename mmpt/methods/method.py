@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from mmpt import dist
 from mmpt.batch import Batch
@@ -14,6 +15,9 @@ from mmpt.inputs import InputSpec
 from mmpt.models.batch_norm import discard, settle
 from mmpt.ops.contrast.loss import Contrast
 from mmpt.ops.contrast.softmax import Softmax
+
+NAMED = {"objective": "loss"}
+"""What a profile calls a function of a method, where its name says less."""
 
 
 class Term(NamedTuple):
@@ -58,7 +62,8 @@ class Method(nn.Module):
 
     def forward(self, call: str, *args: Any) -> Any:
         """Run the function of that name: parameters are only whole while the engine runs the forward."""
-        return getattr(self, call)(*args)
+        with record_function(f"mmpt: {NAMED.get(call, call)}"):
+            return getattr(self, call)(*args)
 
     def encode(self, batch: Batch) -> tuple[Any, ...]:
         raise NotImplementedError
@@ -98,7 +103,10 @@ class Method(nn.Module):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         """objective(encode(batch)), in one forward."""
-        return self.objective(*self.encode(batch))
+        with record_function("mmpt: encode"):
+            features = self.encode(batch)
+        with record_function("mmpt: loss"):
+            return self.objective(*features)
 
 
 def contrastive_terms(found: Contrast, pairs: int, scale: Tensor) -> dict[str, Term]:
