@@ -9,6 +9,7 @@ Each rank is a process of its own session that calls train.main and ends with it
 does; importing torch, DeepSpeed and transformers, nine seconds each time, is all that is left out.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -39,8 +40,8 @@ class Run:
         while not path.exists():
             if time.monotonic() > deadline:
                 for pid in getattr(self, "pids", ()):
-                    os.kill(pid, signal.SIGABRT)  # with the stacks of all, which end up in the output
-                time.sleep(1)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 raise AssertionError(f"no end after {timeout_seconds} s:\n{self.output()}")
             time.sleep(0.005)
         return path.read_text()
@@ -53,7 +54,8 @@ class Run:
         return not (self._folder / "statuses.json").exists()
 
     def output(self) -> str:
-        return (self._folder / "output.txt").read_text()
+        path = self._folder / "output.txt"
+        return path.read_text() if path.exists() else ""
 
 
 class Forks:
@@ -70,15 +72,17 @@ class Forks:
     def start(
         self, arguments: Sequence[Any], ranks: int = 2, largest_file: dict[int, int] | None = None,
         environment: dict[str, str] | None = None, rank_environment: Sequence[dict[str, str]] = (),
+        keys: Path | None = None,
     ) -> Run:  # fmt: skip
-        """largest_file: {rank: bytes}: it can write no more than that to a file, as on a full disk."""
+        """largest_file: {rank: bytes}: it can write no more than that to a file, as on a full disk. keys: a folder for
+        what each rank trained on: a line [positions, keys] per step in rank-R.jsonl."""
         folder = Path(self._folder.name) / str(self._runs)
         folder.mkdir()
         self._runs += 1
         request = {
             "folder": str(folder), "arguments": [str(a) for a in arguments], "ranks": ranks, "port": dist.free_port(),
             "largest_file": largest_file or {}, "environment": environment or {},
-            "rank_environment": list(rank_environment),
+            "rank_environment": list(rank_environment), "keys": str(keys or ""),
         }  # fmt: skip
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(request) + "\n")
@@ -112,6 +116,8 @@ def rank_process(request: dict, rank: int) -> None:
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if request["keys"]:
+        note_keys(Path(request["keys"]), rank)
     status = 1
     try:
         status = train.main(request["arguments"])
@@ -119,6 +125,24 @@ def rank_process(request: dict, rank: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def note_keys(folder: Path, rank: int) -> None:
+    """From now on every step of this process is written down when it is done."""
+    from mmpt import train
+
+    original, path = train.train_step, folder / f"rank-{rank}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def noting(engine: Any, micro_batches: list, *arguments: Any) -> Any:
+        result = original(engine, micro_batches, *arguments)
+        positions = [int(position) for batch in micro_batches for position in batch.positions]
+        keys = [key for batch in micro_batches for key in batch.keys]
+        with open(path, "a") as file:
+            file.write("\n" + json.dumps([positions, keys]) + "\n")  # ends what a killed one left unfinished
+        return result
+
+    train.train_step = noting
 
 
 def run_process(request: dict) -> None:
