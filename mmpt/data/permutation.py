@@ -45,15 +45,23 @@ def unpermute(image: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.nda
 
 def _walk(index: np.ndarray, n: int | np.ndarray, key: np.ndarray, cipher: Cipher) -> np.ndarray:
     index = np.asarray(index, dtype=np.int64)
-    sizes = np.broadcast_to(np.asarray(n, dtype=np.int64), index.shape)
-    keys = np.broadcast_to(key, index.shape)
+    sizes, keys = (_one_or_each(values, index) for values in (np.asarray(n, dtype=np.int64), key))
     half_bits, limits = _half_bits(sizes), sizes.astype(U64)
     out = cipher(index.astype(U64), half_bits, keys)
     walking = np.flatnonzero(out >= limits)
     while len(walking):
-        out[walking] = cipher(out[walking], half_bits[walking], keys[walking])
-        walking = walking[out[walking] >= limits[walking]]
+        out[walking] = cipher(out[walking], _at(half_bits, walking), _at(keys, walking))
+        walking = walking[out[walking] >= _at(limits, walking)]
     return out.astype(np.int64)
+
+
+def _one_or_each(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """[1] or [m]: what all share is computed with once."""
+    return values.reshape(1) if values.size == 1 else np.broadcast_to(values, index.shape)
+
+
+def _at(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    return values if len(values) == 1 else values[places]
 
 
 def _half_bits(sizes: np.ndarray) -> np.ndarray:
