@@ -7,6 +7,7 @@ allocator's fragmentation, the libraries' workspaces, the loader's memory.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from mmpt.batch import pack_equal
 from mmpt.engine.optim import freeze
 from mmpt.methods.clip import CLIPConfig
 from mmpt.methods.filip import FILIPConfig
+from mmpt.methods.method import MethodConfig
 from mmpt.methods.siglip import SigLIPConfig
 from mmpt.models.image import ViTConfig
 from mmpt.models.text import TextTransformerConfig
@@ -96,11 +98,7 @@ def memory(setting: Setting) -> list[Part]:
 def _state(setting: Setting) -> Iterator[Part]:
     """Parameters, gradients and optimizer as DeepSpeed holds them (Rajbhandari et al. 2020, figure 1)."""
     engine, ranks = setting.recipe.engine, setting.devices
-    with torch.device("meta"):
-        method = setting.recipe.method.build()
-    freeze(method, setting.recipe.optim.lock)
-    count = sum(parameter.numel() for parameter in method.parameters())
-    trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+    count, trained = parameter_counts(setting.recipe.method, setting.recipe.optim.lock)
     stage = engine.zero_stage
     each = 4 if stage == 0 else setting.half  # stage 0 keeps fp32 and casts on the fly
     shared = f"/ {ranks}"
@@ -118,11 +116,23 @@ def _state(setting: Setting) -> Iterator[Part]:
         yield Part("buckets", 2 * setting.half * min(trained, engine.bucket_elements), "engine.bucket_elements, twice")
 
 
+@cache
+def parameter_counts(config: MethodConfig, lock: str) -> tuple[int, int]:
+    """Of all parameters, and of those that are trained."""
+    with torch.device("meta"):
+        method = config.build()
+    freeze(method, lock)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in method.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
 def _activations(setting: Setting) -> Iterator[Part]:
     pairs = setting.pairs // setting.micro_batches
+    casts = setting.recipe.engine.zero_stage == 0 and setting.half == 2
+    dtype = torch.float32 if casts or setting.half == 4 else torch.bfloat16
     for tower in towers(setting):
         width, depth, tokens = tower.trunk.width, tower.trunk.depth, pairs * tower.tokens
-        block = saved_bytes_per_token(tower.trunk, max(1, round(tower.tokens)), setting)
+        block = saved_bytes_per_token(tower.trunk, max(1, round(tower.tokens)), dtype, casts)
         if tower.trunk.checkpoint_activations:
             kept = depth * width * setting.half + block
             why = f"{depth} block inputs and one block"
@@ -131,10 +141,9 @@ def _activations(setting: Setting) -> Iterator[Part]:
         yield Part(f"activations, {tower.name}", tokens * kept, f"{pairs} x {tower.tokens:g} tokens x {why}")
 
 
-def saved_bytes_per_token(trunk: TransformerConfig, length: int, setting: Setting) -> float:
-    """What autograd keeps of one block for each token of sequences of this length."""
-    casts = setting.recipe.engine.zero_stage == 0 and setting.half == 2
-    dtype = torch.float32 if casts or setting.half == 4 else torch.bfloat16
+@cache
+def saved_bytes_per_token(trunk: TransformerConfig, length: int, dtype: torch.dtype, casts: bool) -> float:
+    """What autograd keeps of one block for each token of sequences of this length, its inputs cast to bf16 or not."""
     torch_state = torch.get_rng_state()
     block = Block(trunk, causal=False, drop_path=0.0).to(dtype)
     torch.set_rng_state(torch_state)
