@@ -8,6 +8,7 @@ import torch
 from mmpt import check_loss
 from mmpt.recipe import load, names
 from mmpt.synthetic import synthetic_batch
+from tests.forks import call
 
 TINY = [name for name in names() if name.endswith(".tiny")]
 
@@ -27,15 +28,24 @@ def test_a_batch_is_a_pure_function_of_its_arguments() -> None:
     assert a.pictures.patches is not None and len(a.pictures) == 3 and a.pictures.patches.longest <= 200
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["filip.tiny", "albef.tiny", "uniter.tiny"])
-def test_two_ranks_are_equal_to_one_process(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert check_loss.start_ranks(["--recipe", name], 2) == 0
-    lines = capfd.readouterr().out.splitlines()
+def said(lines: list[str], name: str) -> bool:
     tasks = len(load(name).method.inputs().tasks) or 1
-    assert len(lines) == tasks and all(
+    return len(lines) == tasks and all(
         re.search(r"2 ranks [\d.]+, one process [\d.]+: .*: ok$", line) for line in lines
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["filip.tiny", "albef.tiny", "uniter.tiny"])
+def test_two_ranks_are_equal_to_one_process(name: str) -> None:
+    done = call("mmpt.check_loss", ["--recipe", name], ranks=2)
+    assert done.returncode == 0 and said(done.stdout.splitlines(), name), done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_it_starts_ranks_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    assert check_loss.start_ranks(["--recipe", "clip.tiny"], 2) == 0
+    assert said(capfd.readouterr().out.splitlines(), "clip.tiny")
 
 
 def test_a_wrong_flag_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

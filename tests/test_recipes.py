@@ -1,5 +1,7 @@
 """Every recipe builds, says what it is, and survives the trip through its file."""
 
+import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+@cache
 def parameters(name: str) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in load(name).method.build().parameters())
@@ -32,6 +35,21 @@ def test_filip_by_arithmetic(filip: str, clip: str, image_width: int, text_width
     """FILIP publishes no count. Its towers are CLIP's; only both projections are narrower: to 256 dimensions."""
     narrower = (clip_dim - 256) * (image_width + text_width)
     assert parameters(filip) == PUBLISHED[clip] - narrower
+
+
+def test_the_table_of_the_readme_has_every_recipe_with_its_parameters() -> None:
+    told: dict[str, int] = {}
+    for row in (Path(__file__).parents[1] / "README.md").read_text().splitlines():
+        cells = row.split("|")
+        if len(cells) != 5 or not (counts := re.findall(r"\d{1,3}(?:,\d{3})+", cells[3])):
+            continue
+        found, module = re.findall(r"`(\w*)\.(\w+)`", cells[1]), ""
+        for i, (named, function) in enumerate(found):
+            module = named or module
+            told[f"{module}.{function}"] = int(counts[min(i, len(counts) - 1)].replace(",", ""))
+    small = {name for name in names() if name.endswith((".tiny", ".demo"))}
+    assert told == {name: parameters(name) for name in names() if name not in small}
+    assert all(1.25e6 < parameters(name) < 4.05e6 for name in small), "1.3 to 4 M"
 
 
 @pytest.mark.parametrize("name", names())

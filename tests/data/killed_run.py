@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mmpt import dist
 from mmpt.data.loader import DataConfig, build_loader
+from mmpt.data.text import load_tokenizer
 from mmpt.inputs import InputSpec
 
 STEPS, GLOBAL_BATCH, SAVE_EVERY, KILLS = 60, 24, 3, 20
@@ -59,6 +60,7 @@ def main(shards: str, tokenizer: str, out: Path) -> None:
     """Print how many attempts were really killed."""
     chance, kills, attempt = random.Random(7), 0, 0
     config = DataConfig(shards, tokenizer, workers=0, lanes=6, window_chunks=2)
+    load_tokenizer(tokenizer)  # for what it imports
     while kills < KILLS:
         world_size = (2, 1, 4)[attempt % 3]
         pids = start(config, out, attempt, world_size)

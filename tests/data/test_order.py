@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 
 from mmpt.data.mixture import Mixture, batch_positions
 from mmpt.data.order import Order, locate, positions_of
@@ -134,6 +135,19 @@ def test_epochs_and_seeds_give_unrelated_orders():
             assert (a == b).sum() < 12  # 1 is expected; epoch e + 1 of seed s must not be epoch e of seed s + 1
     for a in seen:
         assert abs(np.corrcoef(a, np.arange(len(a)))[0, 1]) < 0.3  # 4 sigma for 200 chunks in random order
+
+
+@pytest.mark.parametrize(("chunk_samples", "seed"), [(1, 0), (1, 1), (10, 2)])
+def test_samples_move_by_any_distance_alike(chunk_samples: int, seed: int):
+    """The way from a sample's place in the shards to that in the epoch, around the data set: uniform, by the test of
+    Kolmogorov and Smirnov. Of each chunk one sample, as the others move with it."""
+    order = make_order([2500] * 16 * chunk_samples, chunk_samples, seed, lanes=8, window_samples=40)
+    for epoch in range(2):
+        positions = np.arange(epoch * order.samples, (epoch + 1) * order.samples)
+        _, chunks, indices = locate(order, positions)
+        first = indices == 0
+        moved = (positions[first] - chunks[first] * chunk_samples) % order.samples
+        assert kstest(moved / order.samples, "uniform").pvalue > 1e-3
 
 
 def test_neighbours_in_a_shard_meet_about_as_often_as_in_a_full_shuffle():

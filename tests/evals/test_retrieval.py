@@ -31,8 +31,9 @@ class LateInteraction:
 
     def score(self, image: Tokens, text: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = [[a @ b.T for b in unpack(text)] for a in unpack(image)]
-        i2t = torch.stack([torch.stack([s.amax(1).mean() for s in row]) for row in pairs])
-        t2i = torch.stack([torch.stack([s.amax(0).mean() for s in row]) for row in pairs])
+        shape = len(pairs), sequences(text)  # there may be no image
+        i2t = torch.tensor([[s.amax(1).mean() for s in row] for row in pairs]).view(shape)
+        t2i = torch.tensor([[s.amax(0).mean() for s in row] for row in pairs]).view(shape)
         return i2t, t2i
 
 

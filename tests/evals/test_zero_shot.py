@@ -46,8 +46,9 @@ class LateInteraction(Vectors):
         return pack(list(argument.pixels.float().view(len(argument), 4, 12) @ pixels))
 
     def score(self, image: Tokens, text: Tokens) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        rows = [torch.stack([(a @ b.T).amax(1).mean() for b in unpack(text)]) for a in unpack(image)]
-        return torch.stack(rows), -torch.stack(rows)
+        rows = [[(a @ b.T).amax(1).mean() for b in unpack(text)] for a in unpack(image)]
+        scores = torch.tensor(rows).view(len(rows), len(text.offsets) - 1)  # there may be no image
+        return scores, -scores
 
 
 def data() -> tuple[list[tuple[Batch, list[dict]]], list[torch.Tensor]]:

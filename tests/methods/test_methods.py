@@ -18,6 +18,7 @@ from mmpt.models.dual_tower import DualTowerConfig
 from mmpt.models.image import vit
 from mmpt.models.text import TextTransformerConfig
 from mmpt.models.transformer import TransformerConfig
+from mmpt.ops.contrast.loss import ContrastConfig
 from tests.methods.tiny import CONFIGS, FUSION, TOWERS, batch, build
 from tests.ranks import run
 
@@ -167,6 +168,18 @@ def test_filip_selects_in_training_and_scores_with_all_tokens() -> None:
     features = whole.encode(pairs)
     torch.testing.assert_close(part.score(*features), whole.score(*features))  # type: ignore[operator]
     assert part.objective(*features)["contrastive"].sum != whole.objective(*features)["contrastive"].sum
+
+
+@pytest.mark.parametrize("kind", [OurCLIPConfig, FILIPConfig])
+def test_probability_that_filtering_drops_is_reported_and_not_trained_on(kind: type) -> None:
+    pairs = batch("clip", 6, 0, 6)
+    torch.manual_seed(0)
+    method = kind(TOWERS, contrast=ContrastConfig(filter_below=0.5)).build()
+    terms = method("terms", pairs)
+    loss_of(terms, method.counts(pairs), 1).backward()  # where pairs are dropped
+    dropped = terms["dropped_probability"]
+    assert dropped.weight == 0 and 0 < float(dropped.sum / dropped.count) < 1
+    assert "dropped_probability" not in build("clip")("terms", pairs)
 
 
 def test_patch_dropout_reaches_the_towers() -> None:

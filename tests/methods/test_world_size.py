@@ -4,6 +4,7 @@ The loops score every pair with Python loops over single images and texts, in fp
 """
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.ranks import run
 
 PAIRS = 8
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-6}
+BATCH_NORM = ("align", "slip")  # which divides by small deviations: fp32 rounds more, fp64 shows that it is no mistake
 Result = tuple[float, dict[str, Tensor], dict[str, float]]
 
 
@@ -93,17 +95,23 @@ def ours(rank: int, world_size: int, name: str, dtype: torch.dtype) -> Result:
     method, share = build(name, dtype), PAIRS // world_size
     own = batch(name, PAIRS, rank * share, share)
     terms = method("terms", own)
-    totals = {key: dist.sum_over_ranks(torch.tensor(float(n))) for key, n in method.counts(own).items()}
+    totals = in_one({key: torch.tensor(float(n)) for key, n in method.counts(own).items()})
     loss_of(terms, totals, world_size).backward()
     assert all(abs(float(terms[key].count) - n) < 1e-6 for key, n in method.counts(own).items())
     assert all(terms[key].weight for key in totals) and all(key in totals for key in terms if terms[key].weight)
     sums = {key: torch.stack([t.sum.detach().double(), t.count.double()]) for key, t in terms.items()}
-    means = {key: float(total / count) for key, (total, count) in zip(sums, map(dist.sum_over_ranks, sums.values()))}
-    gradients = {
-        name: dist.sum_over_ranks(p.grad) / world_size for name, p in method.named_parameters() if p.grad is not None
-    }
+    means = {key: float(total / count) for key, (total, count) in in_one(sums).items()}
+    summed = in_one({key: p.grad for key, p in method.named_parameters() if p.grad is not None})
+    gradients = {key: gradient / world_size for key, gradient in summed.items()}
     loss = sum(terms[key].weight * means.pop(key) for key in totals)
     return loss, gradients, means
+
+
+def in_one(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All of them summed over ranks, in one message: each costs milliseconds where ranks share a core."""
+    flat = dist.sum_over_ranks(torch.cat([value.flatten() for value in values.values()]))
+    parts = flat.split([value.numel() for value in values.values()])
+    return {key: part.view(value.shape) for (key, value), part in zip(values.items(), parts, strict=True)}
 
 
 def everything(rank: int, world_size: int) -> dict[tuple[str, torch.dtype], Result]:
@@ -115,7 +123,7 @@ def check(found: Result, expected: Result, dtype: torch.dtype, where: str) -> No
 
     In fp32 relative to the largest of all parameters, whose rounding passes through every one of them.
     """
-    tolerance = TOLERANCE[dtype]
+    tolerance = TOLERANCE[dtype] * (3 if dtype == torch.float32 and where.startswith(BATCH_NORM) else 1)
     assert found[0] == pytest.approx(expected[0], rel=tolerance, abs=tolerance), where
     assert found[1].keys() == expected[1].keys(), where
     largest = max(float(g.abs().max()) for g in expected[1].values())
@@ -143,18 +151,24 @@ def by_groups(name: str, workers: int, dtype: torch.dtype) -> Result:
     return sum(found[0][key].weight * means.pop(key) for key in totals), gradients, means
 
 
+@cache
 def expected_of(name: str, workers: int, dtype: torch.dtype) -> Result | None:
-    """What `workers` ranks should give, by whatever is least like them; None where fp64 says it all."""
-    if name.split()[0] in (*FUSION, "align", "slip"):
-        return by_groups(name, workers if name == "albef local" else 1, dtype)
+    """What `workers` ranks should give, by whatever is least like them; None where fp64 says it all.
+
+    Only where the scope is local does their number matter; elsewhere it is 1.
+    """
+    if name.split()[0] in (*FUSION, *BATCH_NORM):
+        return by_groups(name, workers, dtype)
     if dtype == torch.float64:
         return by_hand(name, workers)
     return None if name == "filip local" else ours(0, 1, name, dtype)  # one worker selects otherwise
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.split()[0] not in (*FUSION, "align", "slip")])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.split()[0] not in (*FUSION, *BATCH_NORM)])
 def test_one_process_equals_plain_loops(name: str) -> None:
-    check(ours(0, 1, name, torch.float64), by_hand(name, 1), torch.float64, name)
+    expected = expected_of(name, 1, torch.float64)
+    assert expected
+    check(ours(0, 1, name, torch.float64), expected, torch.float64, name)
 
 
 @pytest.mark.slow
@@ -162,8 +176,9 @@ def test_one_process_equals_plain_loops(name: str) -> None:
 def test_ranks_equal_one_process_and_plain_loops(world_size: int) -> None:
     results = run(everything, world_size)
     for name in CONFIGS:
+        workers = world_size if name.endswith("local") else 1
         for dtype in TOLERANCE:
-            if (wanted := expected_of(name, world_size, dtype)) is None:
+            if (wanted := expected_of(name, workers, dtype)) is None:
                 continue
             for rank, result in enumerate(results):
                 check(result[name, dtype], wanted, dtype, f"{name}, {dtype}, rank {rank} of {world_size}")
@@ -171,10 +186,14 @@ def test_ranks_equal_one_process_and_plain_loops(world_size: int) -> None:
 
 def test_local_selection_depends_on_the_workers_and_global_does_not() -> None:
     """Otherwise the two scopes could be mixed up without notice."""
-    assert len({by_groups("albef local", workers, torch.float64)[0] for workers in (1, 2, 4)}) == 3
-    local = [by_hand("filip local", workers)[0] for workers in (1, 2, 4)]
-    whole = [by_hand("filip global", workers)[0] for workers in (1, 2, 4)]
-    assert len(set(local)) == 3 and len(set(whole)) == 1 and local[0] == whole[0]
+
+    def losses(name: str) -> list[float]:
+        found = [expected_of(name, workers, torch.float64) for workers in (1, 2, 4)]
+        return [result[0] for result in found if result]
+
+    assert len(set(losses("albef local"))) == 3
+    assert len(set(losses("filip local"))) == 3 and len(set(losses("filip global"))) == 1
+    assert losses("filip local")[0] == losses("filip global")[0]
 
 
 @pytest.mark.parametrize("name", ["clip at the cap", "filip at the cap"])

@@ -1,5 +1,5 @@
-"""Two AdamW steps of every method at every ZeRO stage, undivided and accumulated, with activation checkpointing or
-without, follow one process that holds the global batch and a plain torch optimizer."""
+"""Two AdamW steps of every method at every ZeRO stage, undivided and with cached features, texts gathered and in a
+ring, with activation checkpointing or without, follow one process with the global batch and a plain torch optimizer."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,10 +21,11 @@ OPTIM = OptimConfig(lr=3e-3, warmup_steps=0)
 
 
 def fresh(name: str, checkpoint_activations: bool = False) -> Method:
+    """With towers of one block, because stage 3 sends every parameter on its way alone."""
     config: Any = CONFIGS[name]
     towers = config if name == "siglip" else config.towers
     image, text = (
-        replace(tower, trunk=replace(tower.trunk, checkpoint_activations=checkpoint_activations))
+        replace(tower, trunk=replace(tower.trunk, depth=1, checkpoint_activations=checkpoint_activations))
         for tower in (towers.image, towers.text)
     )
     towers = replace(towers, image=image, text=text)
@@ -61,28 +62,36 @@ def losses_at(name: str, stage: int, parts: int, saving: bool) -> list[float]:
     losses = []
     for step in range(STEPS + 1):
         pairs = batch(name, PAIRS, dist.rank() * share, share, seed=step)
-        result, terms = train_step(engine, pairs.split(parts), OPTIM.lr)
-        assert result.applied
+        if step < STEPS:
+            result, terms = train_step(engine, pairs.split(parts), OPTIM.lr)
+            assert result.applied
+        else:
+            with torch.no_grad():
+                terms = engine("terms", pairs)
         (term,) = (term for term in terms.values() if term.weight)
         losses.append(float(dist.sum_over_ranks(term.sum)) / PAIRS)
     return losses
 
 
-def check(rank: int, world_size: int, expected: dict[str, list[float]], parts: tuple[int, ...]) -> None:
+def check(rank: int, world_size: int, expected: dict[str, list[float]]) -> None:
+    """Features are cached, as in accumulation; two ranks do it in one piece too. What is saved again in the backward,
+    and how texts travel, have nothing to do with one another: the former only where they are gathered."""
     for name, wanted in expected.items():
+        gathered = "ring" not in name
         for stage in range(4):
-            for part in parts:
-                for saving in (False, True) if stage == 3 and world_size < 4 else (False,):
-                    where = f"{name}, ZeRO {stage}, {part} micro-batches, checkpointing {saving}"
-                    assert losses_at(name, stage, part, saving) == pytest.approx(wanted, rel=1e-5), where
+            for parts in (1, 2) if world_size == 2 and gathered else (2,):
+                saves = stage == 3 and parts == 2 and world_size < 4 and gathered
+                for saving in (False, True) if saves else (False,):
+                    where = f"{name}, ZeRO {stage}, {parts} micro-batches, checkpointing {saving}"
+                    assert losses_at(name, stage, parts, saving) == pytest.approx(wanted, rel=1e-5), where
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "parts"), [(1, (1,)), (2, (1, 2)), (4, (1,))])
-def test_every_stage_follows_one_process(world_size: int, parts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_stage_follows_one_process(world_size: int) -> None:
     expected = {name: reference(name) for name in METHODS}
     assert all(losses[-1] != losses[0] for losses in expected.values())
-    run(check, world_size, expected, parts, timeout_seconds=400)
+    run(check, world_size, expected, timeout_seconds=400)
 
 
 def test_the_reference_needs_every_pair() -> None:

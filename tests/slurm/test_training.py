@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 
 from launcher.record import read_attempts, read_launch
-from mmpt import cli_audit
+from mmpt import cli_audit, dist
 from tests.launcher.conftest import wait_for
 from tests.slurm.conftest import config
 from tests.slurm.instance import Slurm
-from tests.test_train import SMALL, free_port, losses, weights
+from tests.test_train import SMALL, losses, weights
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ def on_this_machine(training: Training) -> Path:
 def deepspeed(training: Training) -> Path:
     """As one would by hand, in an interactive allocation."""
     run_dir = training.folder / "runs/deepspeed"
-    train = ["deepspeed", "--num_accelerators", 2, "--master_port", free_port(), ROOT / "mmpt/train.py"]
+    train = ["deepspeed", "--num_accelerators", 2, "--master_port", dist.free_port(), ROOT / "mmpt/train.py"]
     training.call("salloc", "-N1", "-n2", *train, *training.recipe(), "--run.dir", run_dir)
     return run_dir
 

@@ -29,7 +29,7 @@ def bucket_of(folder: Path) -> Iterator[int]:
 
 
 def send(method: str, url: str, body: bytes | None = None) -> None:
-    answer = urllib3.request(method, url, body=body)
+    answer = urllib3.request(method, url, body=body, headers={"x-amz-acl": "public-read"})
     assert answer.status == 200, (method, url, answer.status, answer.data)
 
 

@@ -101,7 +101,7 @@ def make(kernel: Kernel, architecture: int) -> Made:
         file.write(made.asm["cubin"])
         file.flush()
         usage = _output(str(tools / "cuobjdump"), "-res-usage", file.name)
-        listing = _output(str(tools / "nvdisasm"), "-c", file.name)
+        listing = _output(str(tools / "nvdisasm"), "-ndf", "-c", file.name)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
     found = re.search(r"\b(HGMMA|HMMA)\b", listing)
     return Made(
