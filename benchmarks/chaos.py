@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests/, which are no p
 from data_tools.__main__ import main as mmpt_data
 from tests import chaos
 from tests.forks import Forks
-from tests.test_survival import arguments
-from tests.test_train import losses, weights
+from tests.test_train import arguments, losses, weights
 
 SCENES, BATCH, STEPS_PER_FAULT = 96, 16, 10
 
@@ -29,8 +28,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parsed = parser.parse_args()
     steps = parsed.faults * STEPS_PER_FAULT
-    with tempfile.TemporaryDirectory() as name, Forks() as forks:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as name:
+        forks, folder = Forks(), Path(name)
         mmpt_data(["scenes", str(folder / "data"), "--train", str(SCENES), "--held-out", "16", "--workers", "1"])
         mmpt_data(["tokenizer", str(folder / "data/train"), str(folder / "tokenizer"), "--kind", "wordpiece",
                    "--vocab-size", "256"])  # fmt: skip

@@ -1,126 +1,130 @@
-"""Real runs of train.py on W gloo ranks in two seconds: a process that has imported everything forks the ranks.
+"""Real programs on W ranks in a second: they are forked from a process that has imported everything (ranks.py).
 
-    with Forks() as forks:
-        run = forks.start(["--recipe", "filip.demo", ...], ranks=2)
-        os.kill(run.pids[1], signal.SIGTERM)
-        assert run.wait() == [75, 75]
+    run = forks.start(["--recipe", "filip.demo", ...], ranks=2)          # of train.py
+    os.kill(run.pids[1], signal.SIGTERM)
+    assert run.wait() == [75, 75], run.output()
 
-Each rank is a process of its own session that calls train.main and ends with its status, as `python mmpt/train.py`
-does; importing torch, DeepSpeed and transformers, nine seconds each time, is all that is left out.
+    done = call("mmpt.cli", ["eval", ...])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+Each rank is a process of its own session that calls the program's main and ends with its status, as `python
+mmpt/train.py` does; importing torch, DeepSpeed and transformers, nine seconds each time, is all that is left out. What
+the real launcher and a fresh interpreter add is for the tests in test_train.py that start those.
 """
 
 import contextlib
+import importlib
 import json
+import math
 import os
 import resource
-import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, NoReturn
 
-from mmpt import dist
+from tests.ranks import PATIENCE_SECONDS, Ranks
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+class Request(NamedTuple):
+    module: str
+    arguments: list[str]
+    folder: str
+    """For its output."""
+    environments: Sequence[Mapping[str, str]]
+    """What each rank finds in its own."""
+    largest_file: Mapping[int, int]
+    """{rank: bytes}: it can write no more than that to a file, as on a full disk."""
+    keys: str
+    """A folder for what each rank trained on, a line [positions, keys] per step in rank-R.jsonl; or nothing."""
 
 
 class Run:
-    """A run that was started. pids: of its ranks."""
+    """A program that was started; another that is started before it has ended is its end. pids: of its ranks."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self.pids: list[int] = json.loads(self._await("pids.json", 60))
+    def __init__(
+        self, module: str, arguments: Sequence[Any], ranks: int, patience_seconds: float = math.inf,
+        environments: Sequence[Mapping[str, str]] = (), largest_file: Mapping[int, int] | None = None, keys: str = "",
+    ):  # fmt: skip
+        self._folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self._folder)
+        for stream in ("stdout", "stderr"):
+            (self._folder / stream).touch()
+        words = [str(argument) for argument in arguments]
+        request = Request(module, words, str(self._folder), environments, largest_file or {}, keys)
+        self._ranks = Ranks(become, ranks, (request,), self._folder, 3600.0, patience_seconds, joined=False)
+        self.pids = self._ranks.pids
 
-    def _await(self, name: str, timeout_seconds: float) -> str:
-        path, deadline = self._folder / name, time.monotonic() + timeout_seconds
-        while not path.exists():
+    def wait(self, timeout_seconds: float = 120) -> list[int]:
+        """The exit statuses of the ranks; minus the signal for one that was killed."""
+        deadline = time.monotonic() + timeout_seconds
+        while self.running():
             if time.monotonic() > deadline:
-                for pid in getattr(self, "pids", ()):
+                for pid in self.pids:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 raise AssertionError(f"no end after {timeout_seconds} s:\n{self.output()}")
             time.sleep(0.005)
-        return path.read_text()
-
-    def wait(self, timeout_seconds: float = 120) -> list[int]:
-        """The exit statuses of the ranks; minus the signal for one that was killed."""
-        return json.loads(self._await("statuses.json", timeout_seconds))
+        return self._ranks.wait()
 
     def running(self) -> bool:
-        return not (self._folder / "statuses.json").exists()
+        return self._ranks.running()
+
+    def read(self, stream: str) -> str:
+        return (self._folder / stream).read_text()
 
     def output(self) -> str:
-        path = self._folder / "output.txt"
-        return path.read_text() if path.exists() else ""
+        return self.read("stdout") + self.read("stderr")
 
 
 class Forks:
-    """The process that forks. environment: for it and all ranks."""
-
-    def __init__(self, **environment: str):
-        self._folder = tempfile.TemporaryDirectory()
-        self._runs = 0
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.forks"], stdin=subprocess.PIPE, text=True, cwd=ROOT,
-            env=os.environ | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment,
-        )  # fmt: skip
-
     def start(
         self, arguments: Sequence[Any], ranks: int = 2, largest_file: dict[int, int] | None = None,
-        environment: dict[str, str] | None = None, rank_environment: Sequence[dict[str, str]] = (),
-        keys: Path | None = None,
+        rank_environment: Sequence[dict[str, str]] = (), keys: Path | None = None,
     ) -> Run:  # fmt: skip
-        """largest_file: {rank: bytes}: it can write no more than that to a file, as on a full disk. keys: a folder for
-        what each rank trained on: a line [positions, keys] per step in rank-R.jsonl."""
-        folder = Path(self._folder.name) / str(self._runs)
-        folder.mkdir()
-        self._runs += 1
-        request = {
-            "folder": str(folder), "arguments": [str(a) for a in arguments], "ranks": ranks, "port": dist.free_port(),
-            "largest_file": largest_file or {}, "environment": environment or {},
-            "rank_environment": list(rank_environment), "keys": str(keys or ""),
-        }  # fmt: skip
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return Run(folder)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.kill()
-        self._server.wait()
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._folder.cleanup()
+        """Start train.py; see `Request`."""
+        return Run(
+            "mmpt.train", arguments, ranks, environments=rank_environment, largest_file=largest_file,
+            keys=str(keys or ""),
+        )  # fmt: skip
 
 
-def rank_process(request: dict, rank: int) -> None:
-    from mmpt import train
+def call(module: str, arguments: Sequence[Any], ranks: int = 1) -> subprocess.CompletedProcess:
+    """With the output of all ranks, and the status of one that failed, if any did; it ends the others soon, as the
+    launcher has it."""
+    run = Run(module, arguments, ranks, PATIENCE_SECONDS)
+    codes = run.wait(300)
+    return subprocess.CompletedProcess(
+        list(arguments), max(codes) or min(codes), run.read("stdout"), run.read("stderr")
+    )
 
-    output = os.open(Path(request["folder"]) / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+
+def become(rank: int, world_size: int, request: Request) -> NoReturn:
+    """Be a rank of the program, in a process that was forked for it."""
     os.setsid()
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["ranks"]), LOCAL_SIZE=str(request["ranks"]),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(request["port"]), **request["environment"],
-    )  # fmt: skip
-    os.environ.update(dict(enumerate(request["rank_environment"])).get(rank, {}))
-    limit = request["largest_file"].get(str(rank))
-    if limit is not None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(request.folder) / name, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.update(ENVIRONMENT)
+    os.environ.update(request.environments[rank] if request.environments else {})
+    if (limit := request.largest_file.get(rank)) is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    if request["keys"]:
-        note_keys(Path(request["keys"]), rank)
+    if request.keys:
+        note_keys(Path(request.keys), rank)
     status = 1
     try:
-        status = train.main(request["arguments"])
+        status = importlib.import_module(request.module).main(request.arguments)
+    except SystemExit as leaving:
+        status = leaving.code
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -143,43 +147,3 @@ def note_keys(folder: Path, rank: int) -> None:
         return result
 
     train.train_step = noting
-
-
-def run_process(request: dict) -> None:
-    """Fork the ranks, tell their pids, await them, tell their statuses."""
-    folder, pids = Path(request["folder"]), []
-    for rank in range(request["ranks"]):
-        pid = os.fork()
-        if pid == 0:
-            rank_process(request, rank)
-        pids.append(pid)
-    for name, values in (
-        ("pids.json", lambda: pids),
-        ("statuses.json", lambda: [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]),
-    ):
-        (folder / ".tmp").write_text(json.dumps(values()))
-        os.replace(folder / ".tmp", folder / name)
-    os._exit(0)
-
-
-def serve() -> None:
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
-    import transformers.models.auto.tokenization_auto  # noqa: F401
-
-    from mmpt import recipe, train  # noqa: F401
-
-    recipe.names()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody awaits the processes that await the ranks
-    while True:
-        select.select([sys.stdin], [], [])
-        line = sys.stdin.readline()
-        if not line:
-            return
-        pid = os.fork()
-        if pid == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            run_process(json.loads(line))
-
-
-if __name__ == "__main__":
-    serve()

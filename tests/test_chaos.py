@@ -8,10 +8,8 @@ import pytest
 from mmpt import exit_codes
 from tests import chaos
 from tests.forks import Forks
-from tests.test_survival import arguments
-from tests.test_train import losses, scenes, weights
+from tests.test_train import arguments, losses, weights
 
-__all__ = ["scenes"]
 BATCH, EPOCH = 16, 96
 
 

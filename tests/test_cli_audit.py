@@ -10,9 +10,8 @@ from pyarrow import parquet
 
 from data_tools.index import index
 from mmpt import cli
-from tests.test_train import scenes, train
+from tests.test_train import train
 
-__all__ = ["scenes"]
 BATCH, STEPS, SAMPLES = 16, 12, 96
 
 

@@ -12,10 +12,7 @@ from mmpt import cli
 from mmpt.engine.checkpoint import weights
 from mmpt.engine.resume import find_checkpoint
 from tests.forks import Forks
-from tests.test_survival import arguments
-from tests.test_train import scenes
-
-__all__ = ["scenes"]
+from tests.test_train import arguments
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,9 @@ import pytest
 
 from mmpt import exit_codes
 from tests.forks import Forks, Run
-from tests.test_train import command, losses, scenes, weights
+from tests.test_train import arguments, losses, weights
 
-__all__ = ["scenes"]
 LONG = {"run__samples": 16 * 5000, "run__checkpoint_every_steps": 100000}
-
-
-def arguments(scenes: Path, run_dir: Path, **changes) -> list[str]:
-    return command(scenes, run_dir, **{"data__workers": 0, **changes})[2:]
 
 
 def events(run_dir: Path, *kinds: str) -> list[dict]:

@@ -1,6 +1,6 @@
 """The command line as a user meets it: training, continuing after any kind of end, and errors in one line.
 
-`deepspeed mmpt/train.py` runs as a real subprocess with two gloo ranks.
+`launch` starts `deepspeed mmpt/train.py`, or `python mmpt/train.py`; `train` calls the same program on forked ranks.
 """
 
 import json
@@ -10,64 +10,46 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from mmpt import dist, exit_codes
+from tests.forks import ENVIRONMENT, ROOT, Forks, call
+
 SMALL = {
     "method.towers.image.trunk.width": 32, "method.towers.image.trunk.depth": 2, "method.towers.image.trunk.heads": 2,
     "method.towers.image.trunk.drop_path": 0.2, "method.towers.image.patch_size": 16,
     "method.towers.text.trunk.width": 32, "method.towers.text.trunk.depth": 1, "method.towers.text.trunk.heads": 2,
     "method.towers.text.trunk.dropout": 0.1, "method.towers.embed_dim": 16,
     "run.global_batch": 16, "run.samples": 16 * 12, "run.log_every_steps": 1, "run.checkpoint_every_steps": 2,
-    "optim.warmup_steps": 3, "evals.retrieval": "", "evals.scenes": "", "engine.max_micro_batch": 4,
+    "optim.warmup_steps": 3, "evals.retrieval": "", "evals.scenes": "", "engine.max_micro_batch": 4, "data.workers": 0,
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory) -> Path:
-    """A data set of 96 scenes with its tokenizer, made by the commands of the README."""
-    folder = tmp_path_factory.mktemp("scenes")
-    run_command([sys.executable, "-m", "data_tools", "scenes", folder / "data", "--train", 96, "--held-out", 16])
-    run_command([sys.executable, "-m", "data_tools", "tokenizer", folder / "data/train", folder / "tokenizer",
-                 "--kind", "wordpiece", "--vocab-size", 256])  # fmt: skip
-    return folder
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def run_command(command: list, timeout_seconds: float = 240) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=timeout_seconds, env=environment(), cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 def command(scenes: Path, run_dir: Path, ranks: int = 1, recipe: str = "filip.demo", **changes) -> list[str]:
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks),
+                "--master_port", str(dist.free_port()), "mmpt/train.py"]  # fmt: skip
+    launch = launcher if ranks > 1 else [sys.executable, "mmpt/train.py"]
+    return [*launch, *arguments(scenes, run_dir, recipe, **changes)]
+
+
+def arguments(scenes: Path, run_dir: Path, recipe: str = "filip.demo", **changes) -> list[str]:
     flags = {"data.shards": scenes / "data/train", "data.tokenizer": scenes / "tokenizer", "run.dir": run_dir}
     flags |= SMALL | {name.replace("__", "."): value for name, value in changes.items()}
-    launch = [sys.executable, "mmpt/train.py"]
-    if ranks > 1:
-        launch = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks),
-                  "--master_port", str(free_port()), "mmpt/train.py"]  # fmt: skip
-    return [*launch, "--recipe", recipe, *(text for name, value in flags.items() for text in (f"--{name}", str(value)))]
+    return ["--recipe", recipe, *(text for name, value in flags.items() for text in (f"--{name}", str(value)))]
 
 
-def free_port() -> int:
-    from mmpt import dist
-
-    return dist.free_port()
-
-
-def train(*arguments, **changes) -> subprocess.CompletedProcess:
+def launch(*where, **changes) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(*arguments, **changes), capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT
+        command(*where, **changes), capture_output=True, text=True, timeout=240, env=os.environ | ENVIRONMENT, cwd=ROOT
     )
+
+
+def train(*where, ranks: int = 1, **changes) -> subprocess.CompletedProcess:
+    return call("mmpt.train", arguments(*where, **changes), ranks)
 
 
 def losses(run_dir: Path) -> list[tuple]:
@@ -85,11 +67,11 @@ def weights(run_dir: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_two_ranks_train_stop_and_continue_to_the_bit(scenes: Path, tmp_path: Path) -> None:
     """k + (n - k) steps equal n: records and every byte of weights, moments and random state (with dropout)."""
-    whole = train(scenes, tmp_path / "whole", ranks=2)
+    whole = launch(scenes, tmp_path / "whole", ranks=2, data__workers=1)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     assert "finished at step 12" in whole.stdout
     for stop in (5, "none"):
-        part = train(scenes, tmp_path / "parts", ranks=2, run__stop_at_step=stop, data__workers=0)
+        part = train(scenes, tmp_path / "parts", ranks=2, run__stop_at_step=stop)
         assert part.returncode == 0, part.stdout + part.stderr
     assert "continuing from" in part.stdout
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -97,28 +79,33 @@ def test_two_ranks_train_stop_and_continue_to_the_bit(scenes: Path, tmp_path: Pa
     assert len({dict(record)["loss"] for record in losses(tmp_path / "whole")}) == 12, "every step moved something"
 
 
+def kill_after(records: int, run_dir: Path, pid: int) -> None:
+    """Kill the process group, workers too, as the kernel does when it runs out of memory: when there are more records
+    than so many, and for 0 as soon as there is a run directory."""
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        lines = metrics.read_text().count("\n") if metrics.exists() else 0
+        if lines > records or (records == 0 and (run_dir / "recipe.yaml").exists()):
+            os.killpg(pid, signal.SIGKILL)
+            return
+        time.sleep(0.001)
+
+
 @pytest.mark.slow
-def test_kill_dash_nine_at_any_moment_changes_nothing(scenes: Path, tmp_path: Path) -> None:
+def test_kill_dash_nine_at_any_moment_changes_nothing(forks: Forks, scenes: Path, tmp_path: Path) -> None:
     """Killed at five moments, from start-up to the middle of a save, then continued: the run that was not killed."""
     whole = train(scenes, tmp_path / "whole")
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    started, kills = time.monotonic(), 0
-    for after_records in (0, 1, 4, 5, 9):
-        process = subprocess.Popen(
-            command(scenes, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env=environment(), cwd=ROOT, start_new_session=True,
-        )  # fmt: skip
-        metrics = tmp_path / "killed/metrics.jsonl"
-        while process.poll() is None and time.monotonic() < started + 240:
-            lines = metrics.read_text().count("\n") if metrics.exists() else 0
-            if lines > after_records or (after_records == 0 and (tmp_path / "killed/recipe.yaml").exists()):
-                break
-            time.sleep(0.001)
-        kills += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)  # workers too, as the kernel does when it runs out of memory
-        process.wait()
+    kills = 0
+    for after_records, workers in ((0, 0), (1, 1), (4, 0), (5, 1), (9, 0)):
+        command = arguments(scenes, tmp_path / "killed", data__workers=workers)
+        process = forks.start(command, ranks=1)
+        killer = threading.Thread(target=kill_after, args=(after_records, tmp_path / "killed", process.pids[0]))
+        killer.start()
+        kills += process.wait() == [-signal.SIGKILL]
+        killer.join()
     assert kills >= 4
-    last = train(scenes, tmp_path / "killed")
+    last = launch(scenes, tmp_path / "killed")
     assert last.returncode == 0, last.stdout + last.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
@@ -152,14 +139,12 @@ def one_line(done: subprocess.CompletedProcess, status: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_command_line_errors_are_one_line_and_status_2(scenes: Path, tmp_path: Path, ranks: int) -> None:
-    wrong = [
-        ({"optim__lrr": 1}, "unknown flag '--optim.lrr'; did you mean 'optim.lr'?"),
-        ({"recipe": "filip.vit_b23"}, "unknown recipe 'filip.vit_b23'; did you mean 'filip.vit_b32'?"),
-    ]
-    for changes, said in wrong[:ranks]:
-        assert said in one_line(train(scenes, tmp_path, ranks=ranks, **changes), 2)
+def test_command_line_errors_are_one_line_and_status_2(scenes: Path, tmp_path: Path) -> None:
+    """On two ranks, of which the second is silent: the launcher ends it when the first has spoken."""
+    flag = {"optim__lrr": 1}, "unknown flag '--optim.lrr'; did you mean 'optim.lr'?"
+    name = {"recipe": "filip.vit_b23"}, "unknown recipe 'filip.vit_b23'; did you mean 'filip.vit_b32'?"
+    for way, (changes, said) in ((launch, flag), (train, flag), (train, name)):
+        assert said in one_line(way(scenes, tmp_path, ranks=2, **changes), 2)
 
 
 @pytest.mark.slow
@@ -168,7 +153,10 @@ def test_help_lists_every_field_once_on_two_ranks(scenes: Path, tmp_path: Path) 
     from mmpt.recipe import load
 
     deepspeed = command(scenes, tmp_path, ranks=2)[:6]
-    done = run_command([*deepspeed, "--recipe", "clip.vit_b32", "--help"])
+    done = subprocess.run(
+        [*deepspeed, "--recipe", "clip.vit_b32", "--help"], capture_output=True, text=True, timeout=240,
+        env=os.environ | ENVIRONMENT, cwd=ROOT, check=True,
+    )  # fmt: skip
     for path, _, _, documentation in config.leaves(load("clip.vit_b32")):
         assert len(re.findall(rf"^  --{re.escape(path)} ", done.stdout, re.MULTILINE)) == 1, path
         assert documentation, f"{path} is not documented"
@@ -190,19 +178,20 @@ def flip_a_header(shard: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("harm", "ranks", "said"),
+    ("harm", "way", "said"),
     [
-        (lambda shard: shutil.rmtree(shard.parent), 2, "bad"),
-        (lambda shard: shard.unlink(), 1, "00000.tar"),
-        (lambda shard: os.truncate(shard, 50_000), 2, "00000.tar"),
-        (flip_a_header, 2, "00000.tar at byte"),
+        (lambda shard: shutil.rmtree(shard.parent), train, "bad"),
+        (lambda shard: shard.unlink(), train, "00000.tar"),
+        (lambda shard: os.truncate(shard, 50_000), launch, "00000.tar"),
+        (flip_a_header, train, "00000.tar at byte"),
     ],
     ids=["no folder", "missing shard", "truncated tar", "flipped header"],
 )
-def test_bad_data_is_one_line_and_status_1(scenes: Path, tmp_path: Path, harm, ranks: int, said: str) -> None:
+def test_bad_data_is_one_line_and_status_1(scenes: Path, tmp_path: Path, harm, way, said: str) -> None:
     """On every rank, without a hang; the flipped header is met by a data worker in the middle of training."""
     shards = copy_with(scenes, tmp_path / "bad", harm)
-    assert said in one_line(train(scenes, tmp_path / "run", ranks=ranks, data__shards=shards), 1)
+    done = way(scenes, tmp_path / "run", ranks=2, data__shards=shards, data__workers=int(harm is flip_a_header))
+    assert said in one_line(done, 1)
 
 
 @pytest.mark.slow
@@ -216,9 +205,20 @@ def test_checkpoints_are_never_silently_ignored(scenes: Path, tmp_path: Path) ->
 
     for checkpoint in (run_dir / "checkpoints").glob("step-*"):
         os.truncate(checkpoint / "rank-00000.safetensors", 1000)
-    assert "no checkpoint in" in one_line(train(scenes, run_dir), 1)
+    assert "no checkpoint in" in one_line(train(scenes, run_dir, ranks=2), 1)
     shutil.rmtree(run_dir / "checkpoints")
-    assert "records of training but no checkpoint" in one_line(train(scenes, run_dir), 1)
+    assert "records of training but no checkpoint" in one_line(train(scenes, run_dir, ranks=2), 1)
+
+
+@pytest.mark.slow
+def test_a_gradient_that_stays_infinite_stops_the_run_when_it_was_skipped_often_enough(
+    scenes: Path, tmp_path: Path
+) -> None:
+    """The first update throws the weights so far that no later loss is a number; all ranks agree on that."""
+    wild = {"optim__lr": 1e30, "optim__warmup_steps": 0, "optim__decay": "constant", "optim__clip_norm": 0}
+    done = train(scenes, tmp_path, ranks=2, engine__max_consecutive_skips=3, **wild)
+    assert "3 updates in a row, up to step 4, were dropped" in one_line(done, exit_codes.NOT_FINITE)
+    assert [dict(record)["skipped_steps"] for record in losses(tmp_path)] == [0, 1, 2, 3]
 
 
 @pytest.mark.slow
@@ -249,11 +249,16 @@ def test_fine_tuning_starts_from_weights_with_a_locked_tower(scenes: Path, tmp_p
 
 
 def mmpt(*arguments, ranks: int = 1) -> subprocess.CompletedProcess:
-    launch = [sys.executable, "-m", "mmpt.cli"]
-    if ranks > 1:
-        launch = [*command(Path(), Path(), ranks=ranks)[:5], "--module", "mmpt.cli"]
+    if ranks == 1:
+        return call("mmpt.cli", arguments)
+    launcher = [*command(Path(), Path(), ranks=ranks)[:5], "--module", "mmpt.cli"]
     return subprocess.run(
-        list(map(str, [*launch, *arguments])), capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT
+        [*launcher, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | ENVIRONMENT,
+        cwd=ROOT,
     )
 
 

@@ -24,10 +24,8 @@ from mmpt.recipe import Recipe, parse_arguments
 from tests.engine.test_checkpoint import ADAMW, LAMB, PAIRS, engine_at, everything
 from tests.engine.toy import batches
 from tests.ranks import run
-from tests.test_survival import arguments, events
-from tests.test_train import losses, scenes, weights
-
-__all__ = ["scenes"]
+from tests.test_survival import events
+from tests.test_train import arguments, losses, weights
 
 
 def check_dropped(rank: int, world_size: int, folder: str) -> None:
