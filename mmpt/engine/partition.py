@@ -3,7 +3,7 @@
 Under ZeRO 1-3 the optimizer never sees a parameter: it sees, for each group, one flat fp32 tensor holding this rank's
 share of all of them. A `Segment` names one contiguous run of one parameter in such a tensor. LAMB needs them for its
 per-parameter norms and checkpoints for being independent of stage and world size. This file alone reads DeepSpeed's
-private layout; tests/engine/test_partition.py holds it against the parameters themselves.
+private layout; tests/engine/test_zero.py holds it against parameters that one plain process trained.
 """
 
 from dataclasses import dataclass

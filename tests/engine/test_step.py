@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpt import dist
 from mmpt.batch import concatenate
+from mmpt.data.device import Delivery
 from mmpt.engine.build import EngineConfig, StepResult, build, check_precision, deepspeed_config
 from mmpt.engine.metrics import Metrics
 from mmpt.engine.optim import OptimConfig, parameter_groups
@@ -92,7 +93,7 @@ def reads_of_a_step(rank: int, world_size: int) -> dict[str, int]:
             with _Reads() as reads:
                 totals, _ = total_counts(engine, parts)
                 terms = (_plain_backward if len(parts) == 1 else _cached_backward)(engine, parts, totals)
-                metrics.add(StepResult(True, 1.0), terms, 0.0, 1.0)
+                metrics.add(StepResult(True, 1.0), terms, 0.0, 1.0, Delivery(parts, 8, (), []))
             found[f"{name}, {len(parts)}"] = reads.count
     return found
 

@@ -213,12 +213,6 @@ def boundaries(data: bytes) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _opened(data: bytes):
-    import io
-
-    return io.BytesIO(data)
-
-
 @pytest.mark.parametrize("known", [True, False], ids=["etag", "no version"])
 def test_a_shard_that_is_cut_at_any_block_is_never_a_shorter_epoch(known: bool, shards: str, tmp_path: Path):
     """Served as a shorter file: training meets another size or etag, and indexing a shard without its end."""
