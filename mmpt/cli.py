@@ -41,6 +41,7 @@ from mmpt.data.text import load_tokenizer
 from mmpt.engine.resume import find_checkpoint
 from mmpt.engine.weights import load_weights
 from mmpt.evals.findings import find, text_table
+from mmpt.evals.maps import aligned
 from mmpt.evals.report import write_report
 from mmpt.evals.suite import EvalConfig, Rank, evaluate
 from mmpt.methods.method import Method
@@ -116,7 +117,8 @@ def run_eval(parsed: argparse.Namespace) -> None:
     recipe, method, step = load_run(parsed.run_dir, device)
     evals = evaluation_of(recipe, parsed)
     with torch.no_grad():
-        scores = evaluate(evals, recipe.data, recipe.method.inputs(), method, method, device)
+        what = (evals, recipe.data, recipe.method.inputs())
+        scores = evaluate(*what, method, method, device) | aligned(*what, method, device)
     if dist.rank() == 0:
         for name, value in scores.items():
             print(f"{name:60} {value:.4f}")

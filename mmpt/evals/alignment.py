@@ -85,10 +85,20 @@ def patch_grid(patches: int) -> int:
     return side
 
 
+def grid_centres(rows: int, columns: int) -> Tensor:
+    """[rows * columns, 2], the centre (x, y) of each place of a grid, row by row, as shares of the image's sides."""
+    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1)
+
+
 def object_at(patch: int, grid: int, image_size: float, boxes: Sequence[Box]) -> int | None:
     """The object whose box holds the centre of this patch of a square image, or None. Boxes do not overlap."""
     row, column = divmod(patch, grid)
-    x, y = (column + 0.5) * image_size / grid, (row + 0.5) * image_size / grid
+    return object_around((column + 0.5) * image_size / grid, (row + 0.5) * image_size / grid, boxes)
+
+
+def object_around(x: float, y: float, boxes: Sequence[Box]) -> int | None:
+    """The object whose box holds this point, in the units of the boxes, or None."""
     return next(
         (i for i, (left, top, right, bottom) in enumerate(boxes) if left <= x < right and top <= y < bottom), None
     )

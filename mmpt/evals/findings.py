@@ -10,6 +10,7 @@ from mmpt import dist
 from mmpt.data.loader import DataConfig
 from mmpt.data.text import load_tokenizer
 from mmpt.evals.controls import colour_histograms, fit_bag_of_words, fit_bigrams, text_only_twins
+from mmpt.evals.maps import aligned
 from mmpt.evals.retrieval import KS, Pairs, retrieval
 from mmpt.evals.suite import EvalConfig, Rank, caption_list, evaluate, prefix, what_is_said
 from mmpt.inputs import InputSpec
@@ -51,8 +52,8 @@ def find(
             captions, twins = [s["caption"] for s in scenes], [s["twin"]["caption"] for s in scenes]
             text_only[prefix(folder) + "twin_i2t"] = text_only_twins(bigrams, captions, twins)
     return Findings(
-        evaluate(config, data, inputs, method, method, device),
-        evaluate(config, data, inputs, untrained, untrained, device),
+        evaluate(config, data, inputs, method, method, device) | aligned(config, data, inputs, method, device),
+        evaluate(config, data, inputs, untrained, untrained, device) | aligned(config, data, inputs, untrained, device),
         bag_of_words,
         text_only,
     )

@@ -14,6 +14,8 @@ SCENE_ROWS = (
     ("word_patch_ratio_colour", "&nbsp;&nbsp;ratio, colour words", "", "1.00"),
     ("word_patch_ratio_shape", "&nbsp;&nbsp;ratio, shape words", "", "1.00"),
     ("word_patch_ratio_size", "&nbsp;&nbsp;ratio, size words", "", "1.00"),
+    ("word_patch_ratio_projected", "&nbsp;&nbsp;ratio, projected places", "", "1.00"),
+    ("word_patch_ratio_grad_cam", "&nbsp;&nbsp;ratio, Grad-CAM", "", "1.00"),
     ("word_patch_landed", "Matches that land on some object", "%", None),
     ("colour_swap_moved", "Swapped colour word: match moves to the other object", "%", None),
     ("colour_swap_anchored", "&nbsp;&nbsp;words that matched their own object before the swap", "%", None),
@@ -21,8 +23,10 @@ SCENE_ROWS = (
     ("twin_t2i", "Caption beats its twin, by s_t2i", "%", "50.0"),
 )
 DEFINITIONS = (
-    ("match", "A word's match is the patch with the highest cosine, averaged over the word's subword tokens; special "
-     "tokens are left out. It lands on an object when the centre of the patch lies in the object's box."),
+    ("match", "A word's match is the patch where the word's map is highest. In a late interaction the map is the "
+     "cosine, averaged over the word's subword tokens; in a dual tower of single vectors the better of projected "
+     "places and Grad-CAM for the word alone as a text; in a model where image and text meet the transport plan, or "
+     "the cross-attention's Grad-CAM. It lands on an object when the centre of the patch lies in the object's box."),
     ("hit rate", "Of the matches of size, colour and shape words that land on some object, how many land on the "
      "object that the word speaks of."),
     ("area share", "The mean share of that object's box in the area of all boxes: what matches thrown at random onto "
@@ -55,6 +59,7 @@ def _tiles(values: dict[str, float], config: EvalConfig) -> Iterator[str]:
         if "word_patch_ratio" in own:
             hits = f"{100 * own['word_patch_hit_rate']:.0f} % of matches on an object, right one"
             yield _tile(f"{own['word_patch_ratio']:.2f}&times;", "word-patch hits over area share", hits)
+        if "colour_swap_moved" in own:
             yield _tile(
                 f"{100 * own['colour_swap_moved']:.0f} %",
                 "matches that follow a swapped colour",

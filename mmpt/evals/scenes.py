@@ -26,7 +26,9 @@ from mmpt.batch import Tokens, unpack
 from mmpt.evals.alignment import (
     Span,
     area_shares,
+    grid_centres,
     kept_spans,
+    object_around,
     object_at,
     patch_grid,
     tokens_of,
@@ -52,13 +54,27 @@ class WordMatch:
 
 def scene_word_matches(image: Tensor, text: Tensor, spans: list[Span], scene: dict) -> Iterator[WordMatch]:
     """The matches of the words of one scene's caption. image [P, D], text [L, D]; scene: its metadata."""
-    words = [word for word in scene["words"] if tokens_of((word["start"], word["end"]), spans)]
-    if not words:
-        return
-    maps = word_maps(image, text, spans, [(word["start"], word["end"]) for word in words])
+    words = kept_words(scene, spans)
+    if words:
+        maps = word_maps(image, text, spans, [(word["start"], word["end"]) for word in words])
+        grid = patch_grid(len(image))
+        yield from matches_of(maps, words, grid_centres(grid, grid), scene)
+
+
+def kept_words(scene: dict, spans: list[Span]) -> list[dict]:
+    """The words of a scene's caption that speak of objects, without those that were cut off."""
+    return [word for word in scene["words"] if tokens_of((word["start"], word["end"]), spans)]
+
+
+def matches_of(maps: Tensor, words: list[dict], centres: Tensor, scene: dict) -> Iterator[WordMatch]:
+    """Where the maximum of each word's map lies; a map that is the same everywhere matches nothing.
+
+    maps [words, P]; centres [P, 2] of the places, x and y as shares of the image's sides.
+    """
     boxes, shares = boxes_of(scene), area_shares(boxes_of(scene))
-    for word, patch in zip(words, maps.argmax(1).tolist(), strict=True):
-        on = object_at(patch, patch_grid(len(image)), scene["width"], boxes)
+    for word, heat in zip(words, maps.cpu(), strict=True):
+        x, y = (centres[int(heat.argmax())] * scene["width"]).tolist()
+        on = object_around(x, y, boxes) if heat.max() > heat.min() else None
         yield WordMatch(word["kind"], word["object"], on, shares[word["object"]])
 
 
@@ -155,8 +171,8 @@ def scenes(
 
     image:  features of our share of the scenes; scene: their metadata, as `mmpt-data scenes` writes it.
     encode: features of our texts; a collective too. spans: the characters each token id of a text stands for.
-    A method with one vector per image and text, or one that fuses, has the twin test only. ValueError for scenes
-    without twins.
+    A method with one vector per image and text, or one that fuses, has the twin test only: its words are matched by
+    maps.py. ValueError for scenes without twins.
     """
     for known in scene:
         if "twin" not in known:

@@ -46,7 +46,14 @@ def alignment_term(distance: Tensor, matches: Tensor, weight: float) -> Term:
 
 
 def pair_distance(pairs: Joined, text: Tokens, image: Tokens, text_ends: bool, image_first: bool) -> Tensor:
-    """[B], the transport distance between the words and the image tokens of each fused pair.
+    """[B], the transport distance between the words and the image tokens of each fused pair, by `pair_sets`."""
+    return transport_distance(*pair_sets(pairs, text, image, text_ends, image_first))
+
+
+def pair_sets(
+    pairs: Joined, text: Tokens, image: Tokens, text_ends: bool, image_first: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Words [B, L, D] and image tokens [B, P, D] of fused pairs, and which of them take part, [B, L] and [B, P] bool.
 
     text, image: how each side is packed; what they hold is not read. text_ends: whether the first and last token of a
     text, [CLS] and [SEP], take part; image_first: whether the image's first token does.
@@ -58,4 +65,4 @@ def pair_distance(pairs: Joined, text: Tokens, image: Tokens, text_ends: bool, i
         real_words = real_words & (place > 0) & (place < text.lengths()[:, None] - 1)
     if not image_first:
         real_places = real_places & (torch.arange(places.shape[1], device=places.device) > 0)
-    return transport_distance(words, places, real_words, real_places)
+    return words, places, real_words, real_places

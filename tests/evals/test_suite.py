@@ -10,6 +10,7 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from mmpt.data.loader import DataConfig
+from mmpt.evals.maps import aligned
 from mmpt.evals.suite import EvalConfig, caption_list, evaluate, prefix, what_is_said
 from mmpt.methods.clip import CLIPConfig
 from mmpt.methods.filip import FILIPConfig
@@ -38,6 +39,14 @@ def values(rank: int, world_size: int, folder: Path) -> dict[str, float]:
     torch.manual_seed(0)
     method = FILIPConfig(TOWERS).build().eval()
     return evaluate(evals, data, TOWERS.inputs(), method, method, "cpu")
+
+
+def values_and_maps(rank: int, world_size: int, folder: Path) -> dict[str, float]:
+    evals, data = configured(folder)
+    torch.manual_seed(0)
+    method = CLIPConfig(WITH_CLS).build().eval()
+    mapped = aligned(evals, data, TOWERS.inputs(), method, "cpu")
+    return values(rank, world_size, folder) | {f"clip {name}": value for name, value in mapped.items()}
 
 
 def test_everything_configured_is_measured_under_the_data_set_s_name(folder: Path):
@@ -69,8 +78,8 @@ def test_a_method_of_one_vector_has_no_word_patches(folder: Path):
 
 @pytest.mark.slow
 def test_two_ranks_give_what_one_process_gives(folder: Path):
-    alone = values(0, 1, folder)
-    for found in run(values, 2, folder):  # 21 scenes: the ranks hold 10 and 11
+    alone = values_and_maps(0, 1, folder)
+    for found in run(values_and_maps, 2, folder):  # 21 scenes: the ranks hold 10 and 11
         assert found == pytest.approx(alone, abs=1e-6)
 
 
