@@ -1,0 +1,160 @@
+"""The seven systems side by side: the tiny recipes on drawn scenes and on emoji, three seeds, two CPU cores.
+
+    python benchmarks/seven.py runs/seven --emoji DIR [--samples 16384] [--seeds 3] [--jobs 2]
+
+In order, and each left out where it has been done before: data; a learning rate for each method, the best of three on
+a validation part, by the mean of R@1, R@5 and R@10 after half the samples; training; answers; tables, printed and
+written to OUT/tables.md. Recipes are the tiny ones with patches of 16 pixels, batches of 64, fp32, and a learning rate
+that stays (see seven_parts/runs.py). DIR holds captions.tsv and noto-emoji-128px.tar; without it there are scenes only.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from seven_parts import information, scores, tables
+from seven_parts.data import prepare, samples_in
+from seven_parts.runs import LEARNING_RATES, METHODS, Run, flops_per_pair, marks, pool, train_all
+
+from mmpt.evals.controls import fit_bigrams, text_only_twins
+
+NAMES = {"clip": "CLIP", "align": "ALIGN", "slip": "SLIP", "filip": "FILIP", "vilt": "ViLT", "uniter": "UNITER",
+         "albef": "ALBEF"}  # fmt: skip
+TUNING_SEED = 100
+ALPHAS, NOISE = (0.0, 0.4), ("train", "shuffled-25", "shuffled-50")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--emoji", type=Path)
+    parser.add_argument("--samples", type=int, default=16_384, help="pairs that every method sees [16384]")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, with a core each [2]")
+    parsed = parser.parse_args()
+    root, lines = parsed.out.absolute(), list[str]()
+    for data in prepare(root / "data", parsed.emoji):
+        rates = tune(root, data, parsed.samples // 2, parsed.jobs)
+        lines += side_by_side(root, data, rates, parsed.samples, parsed.seeds, parsed.jobs)
+        if data == "scenes":
+            lines += bounds(root, rates, parsed.samples, parsed.seeds, parsed.jobs)
+            lines += noise(root, rates["albef"], parsed.samples, parsed.seeds, parsed.jobs)
+    (root / "tables.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def scored(root: Path, asked: list[tuple[Run, int, str]], jobs: int) -> list[Path]:
+    """The answers of each (run, step, part), made side by side."""
+    with pool(jobs) as processes:
+        waiting = [
+            processes.submit(scores.score, run.checkpoint(root, step), root / "data" / run.data, part)
+            for run, step, part in asked
+        ]
+        return [future.result() for future in waiting]
+
+
+def tune(root: Path, data: str, samples: int, jobs: int) -> dict[str, float]:
+    """The best learning rate of each method."""
+    step = samples // 64
+    runs = [Run(method, data, TUNING_SEED, lr) for method in METHODS for lr in LEARNING_RATES]
+    train_all(root, {run: [step] for run in runs}, jobs)
+    found = scored(root, [(run, step, "validation") for run in runs], jobs)
+    quality = {run: answer_quality(file) for run, file in zip(runs, found, strict=True)}
+    best = {}
+    for method in METHODS:
+        own = {run.lr: quality[run] for run in runs if run.method == method}
+        best[method] = max(own, key=lambda lr: own[lr])
+        print(f"{data}, {method}: " + ", ".join(f"{lr:g} {100 * q:.1f}" for lr, q in own.items()), flush=True)
+    return best
+
+
+def answer_quality(file: Path) -> float:
+    found = tables.answered(file)
+    return float(tables.hits(found["i2t"], found["t2i"], found["says"]).mean())
+
+
+def side_by_side(root: Path, data: str, rates: dict[str, float], samples: int, seeds: int, jobs: int) -> list[str]:
+    """Both tables of a data set."""
+    steps = marks(root, data, samples)
+    runs = {Run(m, data, seed, rates[m]): sorted(set(steps[m])) for seed in range(seeds) for m in METHODS}
+    oracle = [Run("uniter", data, seed, rates["uniter"], "boxes/train") for seed in range(seeds) if data == "scenes"]
+    train_all(root, runs | {run: [steps["uniter"][0]] for run in oracle}, jobs)
+    parts = dict.fromkeys(oracle, "boxes/test")
+    asked = [(run, step, "test") for run, own in runs.items() for step in own]
+    asked += [(run, steps["uniter"][0], parts[run]) for run in oracle]
+    answers = {(r, step): tables.answered(f) for (r, step, _), f in zip(asked, scored(root, asked, jobs), strict=True)}
+    lines = [f"## {data}", ""]
+    for m in METHODS:
+        flops = flops_per_pair(root, Run(m, data, 0, LEARNING_RATES[0]))
+        lines.append(
+            f"- {NAMES[m]}: learning rate {rates[m]:g}, {flops / 1e9:.3f} GFLOP a pair, {64 * steps[m][1]:,} pairs at "
+            "equal FLOPs"
+        )
+    for which, title in enumerate((f"equal samples: {64 * (samples // 64):,} pairs each", "equal FLOPs")):
+        found = {NAMES[m]: [answers[run, steps[m][which]] for run in runs if run.method == m] for m in METHODS}
+        if which == 0:
+            if oracle:
+                found["+UNITER on the true boxes (oracle)"] = [answers[run, steps["uniter"][0]] for run in oracle]
+            found |= untrained(root, data, rates)
+        lines += ["", f"### {data}, {title}", "", *tables.retrieval_table(found)]
+        if data == "scenes":
+            lines += ["", *tables.scenes_table(found, text_only(root))]
+    return [*lines, ""]
+
+
+def untrained(root: Path, data: str, rates: dict[str, float]) -> tables.Answers:
+    """As they begin, of one seed."""
+    found = tables.Answers()
+    for m in METHODS:
+        run = Run(m, data, 0, rates[m])
+        file = run.folder(root) / "untrained-test.npz"
+        scores.score_untrained(run.recipe(root), file, root / "data" / data, "test")
+        found[f"+{NAMES[m]}, untrained"] = [tables.answered(file)]
+    return found
+
+
+def text_only(root: Path) -> float:
+    train = [sample["txt"].decode() for sample in samples_in(root / "data/scenes/train")]
+    held = [json.loads(sample["json"]) for sample in samples_in(root / "data/scenes/test")]
+    captions = [sample["txt"].decode() for sample in samples_in(root / "data/scenes/test")]
+    return text_only_twins(fit_bigrams(train), captions, [scene["twin"]["caption"] for scene in held])
+
+
+def bounds(root: Path, rates: dict[str, float], samples: int, seeds: int, jobs: int) -> list[str]:
+    """log N - L_ITC of CLIP and ALBEF against what there is to know; a table, and OUT/information.svg."""
+    fresh = root / "data/scenes-fresh"
+    if not fresh.exists():
+        information.write_fresh(fresh)
+    with pool(jobs) as processes:
+        waiting = {
+            NAMES[m]: [
+                processes.submit(
+                    information.bounds, Run(m, "scenes", seed, rates[m]).checkpoint(root, samples // 64),
+                    root / "data/scenes", fresh,
+                )
+                for seed in range(seeds)
+            ]
+            for m in ("clip", "albef")
+        }  # fmt: skip
+        found = {name: [future.result() for future in futures] for name, futures in waiting.items()}
+    information.plot(found, root / "information.svg")
+    return ["### scenes, log N - L_ITC and what there is to know", "", *information.table(found), ""]
+
+
+def noise(root: Path, lr: float, samples: int, seeds: int, jobs: int) -> list[str]:
+    """ALBEF with and without distillation, where so many captions in a hundred are another picture's."""
+    step = samples // 64
+    runs = [Run("albef", "scenes", s, lr, shards, alpha) for s in range(seeds) for shards in NOISE for alpha in ALPHAS]
+    train_all(root, {run: [step] for run in runs}, jobs)
+    files = scored(root, [(run, step, "test") for run in runs], jobs)
+    found = tables.Answers()
+    for shards in NOISE:
+        for alpha in ALPHAS:
+            own = [f for run, f in zip(runs, files, strict=True) if (run.shards, run.alpha) == (shards, alpha)]
+            name = f"alpha {alpha:g}, {shards.removeprefix('shuffled-') if shards != 'train' else 0} % shuffled"
+            found[name] = [tables.answered(file) for file in own]
+    return ["### ALBEF, shuffled captions", "", *tables.retrieval_table(found), ""]
+
+
+if __name__ == "__main__":
+    main()
