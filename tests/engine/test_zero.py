@@ -93,6 +93,7 @@ def check_stages(rank: int, world_size: int, wanted: dict, combinations: list) -
 def test_ranks_equal_one_process_at_every_stage(world_size: int) -> None:
     optims = {"adamw": ADAMW, "lamb": LAMB}
     wanted = {name: reference(optim) for name, optim in optims.items()}
+    assert all(min(norms) > optim.clip_norm for (_, norms), optim in zip(wanted.values(), optims.values())), "clipped"
     combinations = list(itertools.product(optims.items(), [0, 1, 2, 3], [1, 2]))
     run(check_stages, world_size, wanted, combinations, timeout_seconds=300)
 

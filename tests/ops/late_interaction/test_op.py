@@ -167,6 +167,13 @@ def test_torch_knows_the_operator() -> None:
             op._forward, (v, t, image.offsets, text.offsets, 4, 3, keep),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
         )  # fmt: skip
+    *_, word, patch = op._forward(v.detach(), t.detach(), image.offsets, text.offsets, 4, 3, True)
+    weights = torch.ones(2, 3), torch.ones(2, 3)
+    for kept in (True, False):
+        torch.library.opcheck(
+            op._backward, (*weights, v.detach(), t.detach(), image.offsets, text.offsets, 4, 3, word, patch, kept),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
 
 
 def test_compiles_as_one_graph() -> None:
