@@ -1,6 +1,6 @@
 """Late interaction, forward and backward: every backend against what people write without one.
 
-    python benchmarks/late_interaction.py [--pairs 48] [--patches 196] [--texts 48] [--threads 1 2] [--rounds 9]
+    python benchmarks/late_interaction.py [--pairs 48] [--patches 196] [--texts 48] [--shortest 6] [--threads 1 2]
 
 Runs are interleaved. Prints for each way the median and quartiles of milliseconds, the useful GFLOP/s (real tokens:
 2 T_i T_t D forward), how many times faster than einsum it is within a round, and the peak of memory beyond the features
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=48, help="images")
     parser.add_argument("--patches", type=int, default=196, help="of an image")
     parser.add_argument("--texts", type=int, default=48)
+    parser.add_argument("--shortest", type=int, default=SHORTEST, help=f"tokens of a text; the longest has {LONGEST}")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9, help="2 at least")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
@@ -108,10 +109,11 @@ def main() -> None:
     for name in args.types:
         for threads in args.threads:
             torch.set_num_threads(threads)
-            image, text = inputs(args.pairs, args.patches, args.texts, SHORTEST, LONGEST, TYPES[name], args.device)
+            image, text = inputs(args.pairs, args.patches, args.texts, args.shortest, LONGEST, TYPES[name], args.device)
             print(
-                f"{args.pairs} images of {args.patches} patches, {args.texts} texts of {SHORTEST} to {LONGEST} tokens, "
-                f"D = 256, {name}, {args.device}, {threads} threads; medians [quartiles] of {args.rounds} rounds\n"
+                f"{args.pairs} images of {args.patches} patches, {args.texts} texts of {args.shortest} to {LONGEST} "
+                f"tokens, D = 256, {name}, {args.device}, {threads} threads; medians [quartiles] of {args.rounds} "
+                "rounds\n"
             )
             print_times(image, text, args.compiled, args.rounds)
         if all(args.peaks) and args.device == "cpu":

@@ -194,6 +194,27 @@ def test_nothing_grows_with_the_square_of_the_batch(monkeypatch: pytest.MonkeyPa
     assert kept.bytes == 8 * pairs * pairs
 
 
+def largest_of_a_rank(rank: int, world_size: int, exchange: str) -> int:
+    """Bytes of the largest tensor that FILIP's loss makes there and back, of 48 pairs a rank."""
+    from tests.ops.late_interaction.test_op import _Largest
+
+    torch.manual_seed(rank)
+    image, text = pack_equal(torch.randn(48, 4, 16)), pack([torch.randn(1 + i % 4, 16) for i in range(48)])
+    v, t = image.x.requires_grad_(), text.x.requires_grad_()
+    with _Largest() as largest:
+        config = ContrastConfig(exchange)  # type: ignore[arg-type]
+        contrast(late_interaction, image.with_x(v), text.with_x(t), torch.tensor([20.0]), config).loss.backward()
+    return largest.bytes
+
+
+@pytest.mark.slow
+def test_a_ring_does_not_grow_with_the_ranks() -> None:
+    ring = [run(largest_of_a_rank, world_size, "ring") for world_size in (2, 4)]
+    assert len({*ring[0], *ring[1]}) == 1, ring
+    gathered = [run(largest_of_a_rank, world_size, "gather")[0] for world_size in (2, 4)]
+    assert gathered[1] == 2 * gathered[0] >= 2 * ring[0][0], gathered
+
+
 def test_bad_targets_are_named() -> None:
     v, scale = torch.randn(4, 3), torch.ones(1)
     with pytest.raises(ValueError, match=r"\[B, N\] = \[4, 4\], got \[4, 3\]"):
