@@ -82,7 +82,7 @@ def find_shards(shards: str) -> tuple[str, list[ListedFile]]:
 
     Raises ValueError when there are none, or when they have no folder in common.
     """
-    if "{" in shards or "::" in shards:
+    if storage.is_pattern(shards):
         places = storage.expand(shards)
         folder = common_folder(places)
         names = [place[len(folder) :].lstrip("/") for place in places]

@@ -71,8 +71,14 @@ class Sources:
 
 
 def split_sources(text: str) -> list[str]:
-    """`a::b` -> [a, b]; fsspec's chained URLs, which also use ::, are not supported as sources."""
-    return [part for part in text.split(SEPARATOR) if part]
+    """`a::b` -> [a, b]; fsspec's chained URLs, which also use ::, are not supported as sources.
+
+    ValueError for a part that is empty, which is what a shell makes of a variable that is not set.
+    """
+    parts = text.split(SEPARATOR) if text else []
+    if not all(parts):
+        raise ValueError(f"data.shards {text!r} has nothing on one side of {SEPARATOR!r}")
+    return parts
 
 
 def captions_per_source(text: str, sources: int) -> tuple[CaptionFields, ...]:

@@ -198,6 +198,7 @@ def test_a_shard_damaged_after_indexing_stops_with_its_error(
     ("change", "message"),
     [
         ({"shards": ""}, "data.shards is not set"),
+        ({"shards": "shards/::"}, "'shards/::' has nothing on one side of '::'"),
         ({"shards": "/nowhere"}, "/nowhere does not exist; give a folder of indexed shards, or a manifest"),
         ({"tokenizer": "/nowhere"}, "no tokenizer at '/nowhere'"),
         ({"weights": (1, 2)}, "data.weights has 2 numbers for 1 sources"),

@@ -1,6 +1,7 @@
 """What 2 billion samples in 200,000 shards cost: the manifest is real, the shards are not needed for it."""
 
 import multiprocessing
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -36,15 +37,16 @@ def synthetic(folder: Path) -> Manifest:
 
 def use(path: str, rank: int, pipe: Connection) -> None:
     """What a rank does: load, order an epoch, locate some batches. Reports its own memory when all have done so."""
-    before = psutil.Process().memory_full_info().uss
+    before, began = psutil.Process().memory_full_info().uss, time.perf_counter()
     manifest = load_manifest(path, check_shards=False)
+    seconds = time.perf_counter() - began
     sources = Sources((manifest,), (caption_fields("txt"),))
     mixture = sources.mixture((), seed=3, lanes=64, window_chunks=4)
     chunks = 0
     for step in range(3):
         place = place_of(mixture, batch_positions(mixture, step * 32768, 32768, rank, PROCESSES))
         chunks += sum(manifest.chunk(int(k)).stored for k in np.unique(place.chunks)[:5])
-    pipe.send((manifest.samples, chunks))
+    pipe.send((manifest.samples, chunks, seconds))
     pipe.recv()
     pipe.send(psutil.Process().memory_full_info().uss - before)
 
@@ -61,7 +63,7 @@ def test_two_billion_samples_fit_a_node(tmp_path: Path):
         processes[-1].start()
         pipes.append(ours)
     facts = [pipe.recv() for pipe in pipes]
-    assert {samples for samples, _ in facts} == {SHARDS * SHARD_SAMPLES}
+    assert {samples for samples, _, _ in facts} == {SHARDS * SHARD_SAMPLES}
     for pipe in pipes:
         pipe.send("all have mapped it")
     own = [pipe.recv() for pipe in pipes]
@@ -69,4 +71,5 @@ def test_two_billion_samples_fit_a_node(tmp_path: Path):
         process.join()
     total = (tmp_path / FILE_NAME).stat().st_size + PER_NODE * max(own)
     assert total < NODE_BYTES, f"{total / 1e6:.0f} MB: the file and {[round(n / 1e6) for n in own]} MB"
-    print(f"{total / 1e6:.0f} MB per node, of which each rank {max(own) / 1e6:.0f} MB")
+    slowest = max(seconds for _, _, seconds in facts)
+    print(f"{total / 1e6:.0f} MB per node, of which each rank {max(own) / 1e6:.0f} MB; loaded in {slowest:.1f} s")

@@ -11,6 +11,7 @@ from mmpt.data.loader import DataConfig, Loader, build_loader
 from mmpt.data.stream import stream_urls
 from mmpt.inputs import InputSpec
 from tests.data.test_loader_sources import damaged_copy
+from tests.test_train import losses, train
 
 
 @pytest.fixture
@@ -90,6 +91,16 @@ def test_endless_generators(config: DataConfig, inputs: InputSpec, shards: str):
     stream = f"pipe:exec {shlex.quote(sys.executable)} -c {shlex.quote(program)} 2> /dev/null"
     loader = build_loader(replace(config, stream=stream, allow_shell=True), inputs, 5, 24, 0, 1)
     assert len(take(loader, 8)) == 8
+
+
+@pytest.mark.slow
+def test_a_run_on_a_stream_says_what_is_off_and_goes_on(scenes: Path, tmp_path: Path):
+    stream = {"data__shards": "", "data__stream": scenes / "data/train/00000.tar"}
+    for stop, told in ((2, "starting in"), (4, "continuing from")):
+        done = train(scenes, tmp_path, run__stop_at_step=stop, **stream)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "data.stream: exactly-once is off" in done.stdout and told in done.stdout
+    assert [dict(record)["samples"] for record in losses(tmp_path)] == [16, 32, 48, 64]
 
 
 @pytest.mark.parametrize(
