@@ -45,6 +45,12 @@ class EvalConfig:
     def __post_init__(self):
         if self.batch < 1 or self.every_steps < 0:
             raise ValueError(f"batch ({self.batch}) must be 1 or more, every_steps ({self.every_steps}) 0 or more")
+        for name, folders in (("retrieval", self.retrieval), ("zero_shot", self.zero_shot), ("scenes", self.scenes)):
+            if len({prefix(folder) for folder in folders}) < len(folders):
+                raise ValueError(
+                    f"evals.{name} names {', '.join(folders)}: records tell data sets apart by the last two parts of "
+                    "their paths, and two of these are alike there"
+                )
 
 
 @torch.no_grad()

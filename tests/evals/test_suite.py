@@ -132,3 +132,10 @@ def test_captions_count_as_equal_only_when_asked():
 def test_impossible_settings_are_refused(change: dict):
     with pytest.raises(ValueError, match="must be 1 or more"):
         EvalConfig(**change)
+
+
+def test_two_data_sets_of_one_name_are_refused():
+    """The values of one would overwrite those of the other."""
+    with pytest.raises(ValueError, match=r"evals.zero_shot names /a/coco/test, /b/coco/test/: records tell"):
+        EvalConfig(zero_shot=("/a/coco/test", "/b/coco/test/"))
+    EvalConfig(retrieval=("/a/coco/test", "/a/flickr/test"), scenes=("/a/coco/test",))

@@ -55,11 +55,11 @@ class Range(NamedTuple):
 
 
 class ChunkCache:
-    """Safe with any number of threads and processes at once. Raises OSError where the folder cannot be written."""
+    """Safe with any number of threads and processes at once. Raises OSError where the folder cannot be written, or has
+    the name of this user's and is another's."""
 
     def __init__(self, config: CacheConfig, remote: RemoteConfig):
-        own = os.path.join(tempfile.gettempdir(), f"mmpt-cache-{os.getuid()}")
-        self._space, self._remote = Space(config.folder or own, config.limit_bytes), remote
+        self._space, self._remote = Space(config.folder or _own_folder(), config.limit_bytes), remote
         self._space.clean()
         self._locks = self._space.folder / "locks"
         self._locks.mkdir(exist_ok=True)
@@ -126,6 +126,15 @@ class ChunkCache:
                         raise GaveUpError(wanted.place, wanted.start, reason, "resume the run") from error
                 time.sleep(POLL_SECONDS)
             yield
+
+
+def _own_folder() -> str:
+    """This user's, in the folder for temporary files, where anybody may have made one of that name before."""
+    folder = os.path.join(tempfile.gettempdir(), f"mmpt-cache-{os.getuid()}")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if os.stat(folder).st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user: name a folder of your own in data.cache.folder")
+    return folder
 
 
 class CachedChunk:

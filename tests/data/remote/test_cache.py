@@ -198,6 +198,18 @@ def test_too_small_for_a_chunk(folder: Path, tmp_path: Path):
         CacheConfig("x", 0)
 
 
+def test_a_folder_of_ones_own_without_being_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ChunkCache(CacheConfig(), REMOTE)
+    own = tmp_path / f"mmpt-cache-{os.getuid()}"
+    assert own.stat().st_mode & 0o077 == 0 and (own / "ledger").exists()
+    other = os.getuid() + 1
+    (tmp_path / f"mmpt-cache-{other}").mkdir()  # by us, whoever that is
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with pytest.raises(PermissionError, match=rf"mmpt-cache-{other} belongs to another user: name a folder"):
+        ChunkCache(CacheConfig(), REMOTE)
+
+
 def test_a_full_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Others fill the disk: the cache first makes do with less, then stops in one line."""
     room = 3 * CHUNK
