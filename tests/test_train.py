@@ -263,6 +263,28 @@ def mmpt(*arguments, ranks: int = 1) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+def test_evaluation_in_training_is_that_of_mmpt_eval_and_leaves_training_alone(scenes: Path, tmp_path: Path) -> None:
+    """On two ranks at stage 3 with every parameter sharded: what evaluation calls is the engine."""
+    held_out = scenes / "data/held_out"
+    sharded = {"ranks": 2, "engine__zero_stage": 3, "engine__keep_whole_elements": 0, "run__stop_at_step": 4}
+    watched = {"evals__retrieval": held_out, "evals__scenes": held_out, "evals__every_steps": 2, "evals__batch": 5}
+    for name, evals in (("alone", {}), ("watched", watched)):
+        done = train(scenes, tmp_path / name, **sharded, **evals)
+        assert done.returncode == 0, done.stdout + done.stderr
+    records = [dict(record) for record in losses(tmp_path / "watched")]
+    evaluated = [record for record in records if "loss" not in record]
+    assert [record["step"] for record in evaluated] == [2, 4] and evaluated[0] != evaluated[1] | {"step": 2}
+    assert [record for record in losses(tmp_path / "watched") if "loss" in dict(record)] == losses(tmp_path / "alone")
+    assert weights(tmp_path / "watched") == weights(tmp_path / "alone")
+
+    done = mmpt("eval", tmp_path / "watched")
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = json.loads((tmp_path / "watched/evals.jsonl").read_text())
+    del after["time"]
+    assert after == pytest.approx(evaluated[1], abs=1e-6)
+
+
+@pytest.mark.slow
 def test_eval_and_report_of_a_run(scenes: Path, tmp_path: Path) -> None:
     """Two ranks score what one does; the report is one file; wrong tasks and folders are one line."""
     held_out = scenes / "data/held_out"
