@@ -97,6 +97,13 @@ def describe(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
+def at_least(least: float, config: Any, *names: str) -> None:
+    """Check fields of a dataclass that is being made: ValueError that names the first that is less, or no number."""
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name} must be {least:g} or more, got {getattr(config, name)}")
+
+
 def near_miss(name: str, known: list[str]) -> str:
     """'; did you mean ...?' with the closest known name, or nothing."""
     tails = {path.rsplit(".", 1)[-1]: path for path in known}

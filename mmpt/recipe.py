@@ -57,6 +57,11 @@ class RunConfig(GuardConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        config.at_least(
+            1, self, "global_batch", "samples", "log_every_steps", "checkpoint_every_steps", "keep_last",
+            *(["stop_at_step"] if self.stop_at_step is not None else []),
+        )  # fmt: skip
+        config.at_least(0, self, "keep_every_steps", "prometheus_port")
         check_steps(self.profile_steps)
 
 

@@ -92,6 +92,17 @@ def test_flags_change_single_fields() -> None:
         (["--recipe", "clip.tiny", "--optim.betas", "0.9"], "--optim.betas wants"),
         (["--recipe", "clip.tiny", "surplus"], "surplus"),
         (["--recipe", "clip.tiny", "--method.towers.image.patch_size", "7"], "7 pixels do not"),
+        (["--recipe", "clip.tiny", "--method.towers.image.patch_size", "0"], "patch_size must be 1 or more, got 0"),
+        (["--recipe", "clip.tiny", "--method.towers.text.trunk.heads", "0"], "heads must be 1 or more, got 0"),
+        (["--recipe", "clip.tiny", "--engine.max_micro_batch", "0"], "max_micro_batch must be 1 or more, got 0"),
+        (["--recipe", "clip.tiny", "--engine.timeout_seconds", "0"], "timeout_seconds must be above 0, got 0.0"),
+        (["--recipe", "clip.tiny", "--run.global_batch", "-8"], "global_batch must be 1 or more, got -8"),
+        (["--recipe", "clip.tiny", "--run.checkpoint_every_steps", "0"], "checkpoint_every_steps must be 1 or more"),
+        (["--recipe", "clip.tiny", "--run.stop_at_step", "0"], "stop_at_step must be 1 or more, got 0"),
+        (["--recipe", "clip.tiny", "--optim.clip_norm", "-1"], "clip_norm must be 0 or more, got -1.0"),
+        (["--recipe", "clip.tiny", "--optim.lr", "nan"], "lr must be 0 or more, got nan"),
+        (["--recipe", "clip.tiny", "--optim.betas", "0.9,1"], "betas lie from 0 to below 1, got (0.9, 1.0)"),
+        (["--recipe", "clip.tiny", "--optim.layer_decay", "1.5"], "layer_decay lies above 0 and up to 1, got 1.5"),
     ],
 )
 def test_bad_command_lines_are_named(arguments: list[str], said: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from mmpt import dist
+from mmpt.config import at_least
 from mmpt.engine.lamb import Lamb
 from mmpt.engine.norms import PartNorms
 from mmpt.engine.optim import OptimConfig, build_optimizer, freeze, parameter_groups
@@ -42,6 +43,12 @@ class EngineConfig:
     """A collective that takes longer than this ends the run."""
     max_consecutive_skips: int = 20
     """Stop after this many optimizer steps in a row were skipped because a gradient was not finite."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "max_micro_batch", "bucket_elements", "max_consecutive_skips")
+        at_least(0, self, "max_micro_batch_tokens", "keep_whole_elements")
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds must be above 0, got {self.timeout_seconds}")
 
 
 def deepspeed_config(config: EngineConfig, clip_norm: float, micro_batch: int, world_size: int, cuda: bool) -> dict:

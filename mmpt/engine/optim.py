@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmpt.config import at_least
 from mmpt.engine.lamb import Lamb
 from mmpt.engine.schedule import Decay, lr_factor
 from mmpt.models.batch_norm import BatchNorm
@@ -47,6 +48,13 @@ class OptimConfig:
     """Factor on the learning rate of the towers, beside 1 for what joins them (METER: a fifth)."""
     layer_decay: float = 1.0
     """Factor on the learning rate per block below the top one of each tower; 1 is none."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "lr", "eps", "weight_decay", "clip_norm", "warmup_steps", "final_lr_fraction", "tower_lr")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas lie from 0 to below 1, got {self.betas}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay lies above 0 and up to 1, got {self.layer_decay}")
 
 
 def learning_rate(config: OptimConfig, applied_steps: int, total_steps: int) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpt.batch import Pictures, Tokens, pack_equal
+from mmpt.config import at_least
 from mmpt.inputs import PictureSpec
 from mmpt.models.pooling import first_token, mean_token, without_first_token
 from mmpt.models.positions import positions_of_whole_images
@@ -52,6 +53,7 @@ class ViTConfig:
     """Patches of a whole image that are kept in training, drawn at random (ViLT: 200); 0 keeps all."""
 
     def __post_init__(self) -> None:
+        at_least(1, self, "image_size", "patch_size")
         if self.image_size % self.patch_size:
             raise ValueError(f"patches of {self.patch_size} pixels do not tile an image of {self.image_size}")
         if not 0 < self.patch_keep <= 1:

@@ -13,6 +13,7 @@ from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint
 
 from mmpt.batch import Tokens
+from mmpt.config import at_least
 from mmpt.ops.attention import attention
 
 BERT_DEVIATION = 0.02
@@ -48,6 +49,7 @@ class TransformerConfig:
     """Keep only each block's input and compute the rest again in the backward."""
 
     def __post_init__(self) -> None:
+        at_least(1, self, "width", "heads")
         if self.width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide the width {self.width} evenly")
 
