@@ -26,7 +26,7 @@ def test_a_step_is_measured_for_methods_planned_and_counted() -> None:
         assert found.speed.keys() == {"model_tflops_per_second_per_device"}, "a CPU has no peak, hence no MFU"
         assert found.speed["model_tflops_per_second_per_device"] > 0 and found.memory_gib > 0
         rate = re.search(r"pairs per second +([\d.]+)", "\n".join(said))
-        assert rate and float(rate[1]) == pytest.approx(4 / sorted(found.step_seconds)[1], rel=0.01)
+        assert rate and float(rate[1]) == pytest.approx(4 / sorted(found.step_seconds)[1], abs=0.0501), "as printed"
         assert said[-1].split()[-2:] == ["peak", "unknown"] and found.pairs == 4
 
 
