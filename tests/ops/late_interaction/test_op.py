@@ -15,6 +15,8 @@ from mmpt.ops.late_interaction import op
 from mmpt.ops.late_interaction import torch_tiles as under_test
 from mmpt.ops.late_interaction.op import late_interaction
 from mmpt.ops.late_interaction.winners import winner_bytes
+from tests.ops.late_interaction.brute_force import check as check_backend
+from tests.ops.late_interaction.brute_force import tokens as random_tokens
 
 WIDTH = 5
 LENGTHS = st.lists(st.integers(1, 7), min_size=1, max_size=5)
@@ -61,6 +63,24 @@ def test_ragged_on_both_sides_at_any_tile_size(images: list[int], texts: list[in
         check(tokens(images, seed), tokens(texts, seed + 100))
     finally:
         under_test.CPU_TILE_BYTES = before
+
+
+LONGER = st.lists(st.integers(1, 77), min_size=1, max_size=4)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    LONGER, LONGER, st.integers(1, 300), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_any_lengths_widths_and_types(
+    images: list[int], texts: list[int], width: int, dtype: torch.dtype, strided: bool, seed: int
+) -> None:
+    """Against fp64, pair by pair; of strided rows as of contiguous ones."""
+    image, text = (random_tokens(n, width, dtype, seed + i) for i, n in enumerate((images, texts)))
+    if strided:
+        image, text = (side.with_x(side.x.repeat_interleave(2, dim=1)[:, ::2]) for side in (image, text))
+    check_backend(under_test, image, text)
 
 
 def test_images_of_equal_length() -> None:
