@@ -71,6 +71,7 @@ def test_one_rank_is_signalled_and_all_save_and_leave(forks: Forks, whole: Path,
     for checkpoint in (whole / "checkpoints").glob("step-*"):
         for file in checkpoint.iterdir():
             assert (tmp_path / "checkpoints" / checkpoint.name / file.name).read_bytes() == file.read_bytes(), file
+    assert len({event["code"] for event in events(tmp_path, "start", "resume")} - {""}) == 1, "which code it is of"
     assert [event["event"] for event in events(tmp_path, "start", "resume", "finish")] == [
         "start", "resume", "resume", "resume", "finish",
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 
 from mmpt import dist, exit_codes
+from mmpt.engine.code_version import code_version
 from mmpt.engine.events import Events
 from mmpt.engine.preflight import preflight, raise_for
 from mmpt.engine.progress import Progress
@@ -119,7 +120,8 @@ class Guard:
         if self._begun:  # a rollback is an event of its own
             writers.text("restarts", f"rolled back; goes on from step {progress.step}", progress.step)
         else:
-            self.events.add("resume" if again else "start", progress.step, {"world_size": dist.world_size()})
+            facts = {"world_size": dist.world_size(), "code": code_version() if dist.rank() == 0 else ""}
+            self.events.add("resume" if again else "start", progress.step, facts)
         if again and not self._begun:
             text = f"attempt {self.events.attempt} goes on from step {progress.step}; before it: {self.events.last_end}"
             writers.text("restarts", text, progress.step)

@@ -44,7 +44,7 @@ class CLIP(Method):
         super().__init__()
         self.contrast = config.contrast
         self.towers = DualTower(config.towers, of="summary")
-        self.logit_scale = LogitScale(1 / config.initial_temperature, config.max_logit_scale, capped_exp)
+        self.logit_scale = LogitScale(config.initial_temperature, config.max_logit_scale, capped_exp)
         use_batch_norm(self, batch_norm)
 
     def encode_image(self, pictures: Pictures) -> Tensor:

@@ -66,7 +66,7 @@ class FILIP(Method):
         super().__init__()
         self.config = config
         self.towers = DualTower(config.towers, of="tokens")
-        self.logit_scale = LogitScale(1 / config.initial_temperature, config.max_logit_scale, capped_exp)
+        self.logit_scale = LogitScale(config.initial_temperature, config.max_logit_scale, capped_exp)
         use_batch_norm(self, batch_norm)
 
     def encode_image(self, pictures: Pictures) -> Tokens:

@@ -64,7 +64,7 @@ class SigLIP(Method):
         self.image_pooling = AttentionPooling(config.image.trunk)
         self.text_projection = nn.Linear(config.text.trunk.width, config.image.trunk.width)
         initialise_linear(self.text_projection, None)
-        self.logit_scale = LogitScale(1 / config.initial_temperature, float("inf"), capped_exp)
+        self.logit_scale = LogitScale(config.initial_temperature, float("inf"), capped_exp)
         self.logit_bias = LogitBias(config.initial_bias)
 
     def encode_image(self, pictures: Pictures) -> Tensor:

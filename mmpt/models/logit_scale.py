@@ -16,16 +16,19 @@ class LogitScale(nn.Module):
 
     Radford et al. 2021, section 2.5: starts at 1/0.07, clipped at 100.
     capped_exp is given by the method, because its backward averages over ranks and models hold no collectives.
-    Raises ValueError unless 0 < initial <= cap.
+    It starts at 1 / initial_temperature; ValueError unless that is above 0 and at most the cap.
     """
 
-    def __init__(self, initial: float, cap: float, capped_exp: Callable[[Tensor, float], Tensor]):
+    def __init__(self, initial_temperature: float, cap: float, capped_exp: Callable[[Tensor, float], Tensor]):
         super().__init__()
-        if not 0 < initial <= cap:
-            raise ValueError(f"a logit scale starts above 0 and at most at its cap: starts at {initial}, cap {cap}")
+        if initial_temperature <= 0 or 1 / initial_temperature > cap:
+            raise ValueError(
+                f"a logit scale starts above 0 and at most at its cap: initial_temperature {initial_temperature}, "
+                f"cap {cap}"
+            )
         self.cap, self.capped_exp = cap, capped_exp
         self.log_scale = nn.Parameter(torch.empty(1))
-        nn.init.constant_(self.log_scale, math.log(initial))
+        nn.init.constant_(self.log_scale, -math.log(initial_temperature))
 
     def forward(self) -> Tensor:
         return self.capped_exp(self.log_scale, self.cap)

@@ -101,8 +101,8 @@ def test_what_does_not_fit_is_refused() -> None:
         replace(IMAGE, patch_size=7)
     with pytest.raises(ValueError, match=r"patch_keep .* got 0"):
         replace(IMAGE, patch_keep=0.0)
-    with pytest.raises(ValueError, match="starts at 200"):
-        LogitScale(200.0, 100.0, capped_exp)
+    with pytest.raises(ValueError, match=r"initial_temperature 0\.005"):
+        LogitScale(1 / 200, 100.0, capped_exp)
     with pytest.raises(ValueError, match="pixels or patches, not regions"):
         ViT(IMAGE)(Pictures(regions=Regions(pack([torch.zeros(1, 4)]), torch.zeros(1, 7), torch.zeros(1, 0))))
     with pytest.raises(ValueError, match="embed_dim is 5, the image tower's width 24"):
@@ -157,7 +157,7 @@ def test_attention_pooling_of_ragged_sequences() -> None:
 
 
 def test_scale_and_bias_start_where_told_and_have_a_dimension() -> None:
-    scale, bias = LogitScale(1 / 0.07, 100.0, capped_exp), LogitBias(-10.0)
+    scale, bias = LogitScale(0.07, 100.0, capped_exp), LogitBias(-10.0)
     assert scale().item() == pytest.approx(1 / 0.07) and bias().item() == -10.0
     for module in (scale, bias):
         shared = module().data_ptr() == next(module.parameters()).data_ptr()
