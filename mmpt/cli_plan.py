@@ -3,7 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
-from mmpt.plan import Setting, gib, knobs, memory, work
+from mmpt.plan import Setting, gib, memory, work
+from mmpt.plan_knobs import knobs
 from mmpt.recipe import parse_arguments
 
 

@@ -1,23 +1,21 @@
 """How much of the hardware a run uses: the model's FLOPs per second, and their share of what the device could do, MFU.
 
 Model FLOPs (Chowdhery et al. 2022, appendix B) are those of the matrix products of one forward and its backward,
-whatever is computed again to save memory. For the methods that plan.py knows they follow from the recipe and the length
-of the texts. For others those of the first step are counted by torch's formulas, which have none for attention over
-packed tokens: a lower bound. A device or a precision without an entry has no MFU.
+whatever is computed again to save memory. For the methods of which plan.py has formulas they follow from the recipe and
+the length of the texts. For others those of the first step are counted by torch's formulas, which have none for
+attention over packed tokens: a lower bound. A device or a precision without an entry has no MFU.
 """
 
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from mmpt import config, dist
 from mmpt.batch import Batch
-from mmpt.plan import Setting, work
+from mmpt.plan import Setting, has_formulas, work
+from mmpt.plan_sample import Counter
 from mmpt.recipe import Recipe
 
 PEAK_TFLOPS = (
@@ -44,20 +42,6 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return None
 
 
-class Counter(TorchDispatchMode):
-    """Adds up the matrix products, convolutions and attentions that pass, by torch's own formulas."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 class Utilisation:
     """Of one run on this device."""
 
@@ -67,11 +51,7 @@ class Utilisation:
         exact = not torch.backends.cuda.matmul.allow_tf32 or recipe.engine.precision != "fp32"
         self._peak = peak_flops(name, recipe.engine.precision) if exact else None
         self._counted: float | None = None
-        try:
-            self._planned(1.0)
-            self._known = True
-        except ValueError:
-            self._known = False
+        self._known = has_formulas(recipe.method)
 
     def _planned(self, mean_tokens: float) -> float:
         setting = Setting(self._recipe, dist.world_size(), mean_tokens)

@@ -1,19 +1,18 @@
 """What a recipe will need on each device, before anything runs: bytes by part, FLOPs by part, and what would help.
 
-What autograd keeps of a transformer block is not guessed: one block of the real width runs here, on a CPU, at two
-lengths, and what it saves per token is the difference. The rest is arithmetic over the recipe. Not counted: the
-allocator's fragmentation, the libraries' workspaces, the loader's memory.
+What autograd keeps is not guessed: for towers that are transformers one block of the real width runs here, for other
+towers and for methods that fuse a few pairs pass through the whole method (plan_sample.py). The rest is arithmetic over
+the recipe. Not counted: the allocator's fragmentation, the libraries' workspaces, the loader's memory; and, of a method
+that was measured, the one block that checkpointed activations compute again at a time.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from mmpt.batch import pack_equal
 from mmpt.engine.optim import freeze
 from mmpt.methods.clip import CLIPConfig
 from mmpt.methods.filip import FILIPConfig
@@ -21,10 +20,11 @@ from mmpt.methods.method import MethodConfig
 from mmpt.methods.siglip import SigLIPConfig
 from mmpt.models.image import ViTConfig
 from mmpt.models.text import TextTransformerConfig
-from mmpt.models.transformer import Block, TransformerConfig
+from mmpt.models.transformer import TransformerConfig
 from mmpt.ops.contrast.loss import ContrastConfig
 from mmpt.ops.late_interaction.op import FOUND_AGAIN_BYTES, STORED_BYTES
 from mmpt.ops.late_interaction.winners import index_type
+from mmpt.plan_sample import FEW, MORE, Sample, sample_of, saved_bytes_per_token
 from mmpt.recipe import Recipe
 
 
@@ -59,6 +59,15 @@ class Setting:
         return self.recipe.micro_batches(self.devices)
 
     @property
+    def micro_pairs(self) -> int:
+        """Pairs of a micro-batch: an equal share of the step's, or what a budget of tokens holds."""
+        budget, inputs = self.recipe.engine.max_micro_batch_tokens, self.recipe.method.inputs()
+        if budget < 1:
+            return self.pairs // self.micro_batches
+        places = inputs.regions.most if inputs.regions else inputs.kept_patches
+        return min(self.pairs, max(1, int(budget / (places + min(self.mean_tokens, inputs.max_text_tokens)))))
+
+    @property
     def half(self) -> int:
         """Bytes of a number in the compute type."""
         return 4 if self.recipe.engine.precision == "fp32" else 2
@@ -73,15 +82,19 @@ class Tower(NamedTuple):
     """Numbers per token that enter the tower's embedding product; 0 where it is a table."""
 
 
-def towers(setting: Setting) -> list[Tower]:
-    config: Any = setting.recipe.method
+def has_formulas(config: Any) -> bool:
+    """Whether FLOPs and activations follow from the recipe: two transformers and nothing else that is large."""
     if not isinstance(config, CLIPConfig | FILIPConfig | SigLIPConfig):
-        raise ValueError(f"a plan is made for CLIP, FILIP and SigLIP so far, not for {type(config).__name__}")
+        return False
+    config = config if isinstance(config, SigLIPConfig) else config.towers
+    return isinstance(config.image, ViTConfig) and isinstance(config.text, TextTransformerConfig)
+
+
+def towers(setting: Setting) -> list[Tower]:
+    """Of a method that `has_formulas`."""
+    config: Any = setting.recipe.method
     pads = isinstance(config, SigLIPConfig)
     config = config if pads else config.towers
-    for tower in (config.image, config.text):
-        if not isinstance(tower, ViTConfig | TextTransformerConfig):
-            raise ValueError(f"a plan is made for transformer towers so far, not for {type(tower).__name__}")
     image, text = config.image, config.text
     tokens = text.max_tokens if pads else min(setting.mean_tokens, text.max_tokens)
     return [
@@ -98,7 +111,7 @@ def memory(setting: Setting) -> list[Part]:
 def _state(setting: Setting) -> Iterator[Part]:
     """Parameters, gradients and optimizer as DeepSpeed holds them (Rajbhandari et al. 2020, figure 1)."""
     engine, ranks = setting.recipe.engine, setting.devices
-    count, trained = parameter_counts(setting.recipe.method, setting.recipe.optim.lock)
+    count, trained, copied, remembered = sizes_of(setting.recipe.method, setting.recipe.optim.lock)
     stage = engine.zero_stage
     each = 4 if stage == 0 else setting.half  # stage 0 keeps fp32 and casts on the fly
     shared = f"/ {ranks}"
@@ -112,24 +125,49 @@ def _state(setting: Setting) -> Iterator[Part]:
     per = 8 if stage == 0 else 12
     what = "two moments in fp32" + ("" if stage == 0 else " and the weights")
     yield Part("optimizer", per * trained / (ranks if stage else 1), what + (f" {shared}" if stage else ""))
+    if copied:
+        yield Part("momentum copy", 4 * copied, f"{copied:,} x 4 bytes on every device")
+    if remembered:
+        yield Part("buffers", remembered, "queues, running statistics")
     if stage:
         yield Part("buckets", 2 * setting.half * min(trained, engine.bucket_elements), "engine.bucket_elements, twice")
 
 
 @cache
-def parameter_counts(config: MethodConfig, lock: str) -> tuple[int, int]:
-    """Of all parameters, and of those that are trained."""
+def sizes_of(config: MethodConfig, lock: str) -> tuple[int, int, int, int]:
+    """Of all parameters, of those that are trained, of the momentum copy's parameters; and the buffers' bytes."""
     with torch.device("meta"):
         method = config.build()
     freeze(method, lock)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in method.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    parameters = list(method.parameters())
+    copied = sum(p.numel() for p in method.teacher.parameters()) if method.teacher else 0
+    return (
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+        copied,
+        sum(buffer.nbytes for buffer in method.buffers()),
+    )
+
+
+def _computes_in(setting: Setting) -> tuple[torch.dtype, bool]:
+    """The type of parameters, and whether they are cast to bf16 on the fly."""
+    casts = setting.recipe.engine.zero_stage == 0 and setting.half == 2
+    return torch.float32 if casts or setting.half == 4 else torch.bfloat16, casts
+
+
+def _sample(setting: Setting) -> Sample:
+    recipe, (dtype, casts) = setting.recipe, _computes_in(setting)
+    whole = not hasattr(recipe.method, "towers")  # the loss of two towers grows with the batch: formulas below
+    return sample_of(recipe.method, max(1, round(setting.mean_tokens)), whole, recipe.optim.lock, dtype, casts)
 
 
 def _activations(setting: Setting) -> Iterator[Part]:
-    pairs = setting.pairs // setting.micro_batches
-    casts = setting.recipe.engine.zero_stage == 0 and setting.half == 2
-    dtype = torch.float32 if casts or setting.half == 4 else torch.bfloat16
+    pairs = setting.micro_pairs
+    if not has_formulas(setting.recipe.method):
+        kept = _sample(setting).bytes
+        yield Part("activations", pairs * kept, f"{pairs} pairs x {kept:,.0f} bytes, as measured on {FEW} and {MORE}")
+        return
+    dtype, casts = _computes_in(setting)
     for tower in towers(setting):
         width, depth, tokens = tower.trunk.width, tower.trunk.depth, pairs * tower.tokens
         block = saved_bytes_per_token(tower.trunk, max(1, round(tower.tokens)), dtype, casts)
@@ -139,32 +177,6 @@ def _activations(setting: Setting) -> Iterator[Part]:
         else:
             kept, why = depth * block, f"{depth} blocks x {block:,.0f} bytes a token"
         yield Part(f"activations, {tower.name}", tokens * kept, f"{pairs} x {tower.tokens:g} tokens x {why}")
-
-
-@cache
-def saved_bytes_per_token(trunk: TransformerConfig, length: int, dtype: torch.dtype, casts: bool) -> float:
-    """What autograd keeps of one block for each token of sequences of this length, its inputs cast to bf16 or not."""
-    torch_state = torch.get_rng_state()
-    block = Block(trunk, causal=False, drop_path=0.0).to(dtype)
-    torch.set_rng_state(torch_state)
-
-    def saved(sequences: int) -> int:
-        storages: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        tokens = pack_equal(torch.zeros(sequences, length, trunk.width, dtype=dtype))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            with torch.autocast("cpu", torch.bfloat16, enabled=casts):
-                out = block(tokens.x.requires_grad_(), tokens)
-            for parameter in block.parameters():
-                storages.pop(parameter.untyped_storage().data_ptr(), None)
-            del out
-        return sum(storages.values())
-
-    return (saved(2) - saved(1)) / length
 
 
 class Meeting(NamedTuple):
@@ -183,7 +195,7 @@ def meeting(setting: Setting) -> Meeting:
         return Meeting(config.image.trunk.width, 1, 1, ContrastConfig())
     if not isinstance(config, FILIPConfig):
         return Meeting(config.towers.embed_dim, 1, 1, config.contrast)
-    text = towers(setting)[1].tokens - (0 if config.text_special_tokens else 2)
+    text = min(setting.mean_tokens, config.inputs().max_text_tokens) - (0 if config.text_special_tokens else 2)
     share = config.token_keep_ratio
     return Meeting(
         config.towers.embed_dim,
@@ -193,7 +205,13 @@ def meeting(setting: Setting) -> Meeting:
     )
 
 
+def _meets_in_loss(config: Any) -> bool:
+    return isinstance(config, SigLIPConfig) or hasattr(config, "towers")
+
+
 def _loss_memory(setting: Setting) -> Iterator[Part]:
+    if not _meets_in_loss(setting.recipe.method):
+        return
     meet, pairs, count = meeting(setting), setting.pairs, setting.recipe.run.global_batch
     ring = meet.contrast.exchange == "ring"
     number, columns = setting.half * meet.width, pairs if ring else count
@@ -229,7 +247,11 @@ def work(setting: Setting, again: bool = True) -> list[Work]:
     one more where activations or features are computed twice; a tower that is locked has no backward.
     """
     out, lock = [], setting.recipe.optim.lock
-    for tower in towers(setting):
+    if not has_formulas(setting.recipe.method):
+        sample = _sample(setting)
+        cached = again and sample.couples_pairs and setting.micro_pairs < setting.pairs
+        out.append(Work("forward and backward", setting.pairs * sample.flops * (4 / 3 if cached else 1)))
+    for tower in towers(setting) if has_formulas(setting.recipe.method) else ():
         width, depth, tokens = tower.trunk.width, tower.trunk.depth, setting.pairs * tower.tokens
         mlp = 4 * tower.trunk.mlp_ratio * width**2
         block = 8 * width**2 + mlp + 4 * tower.tokens * width
@@ -237,6 +259,8 @@ def work(setting: Setting, again: bool = True) -> list[Work]:
         passes = (1 if locked else 3) + again * (setting.micro_batches > 1)
         passes += again * (tower.trunk.checkpoint_activations and not locked)
         out.append(Work(tower.name, passes * tokens * (depth * block + 2 * tower.inputs * width)))
+    if not _meets_in_loss(setting.recipe.method):
+        return out
     meet, count = meeting(setting), setting.recipe.run.global_batch
     once = 2.0 * setting.pairs * count * meet.image_tokens * meet.text_tokens * meet.width
     ring = meet.contrast.exchange == "ring" and setting.devices > 1
@@ -244,50 +268,6 @@ def work(setting: Setting, again: bool = True) -> list[Work]:
     found_again = any(part.name == "winners" and part.why != "stored" for part in _loss_memory(setting))
     out.append(Work("similarity", once * (3 + again * (twice or found_again))))
     return out
-
-
-class Knob(NamedTuple):
-    flags: str
-    bytes: float
-    """Per device, with it."""
-    flops: float
-
-
-def knobs(setting: Setting) -> list[Knob]:
-    """Single changes that save memory, most first."""
-    now, found = sum(part.bytes for part in memory(setting)), []
-    for flags, changed in _changes(setting):
-        total = sum(part.bytes for part in memory(changed))
-        if total < 0.99 * now:
-            found.append(Knob(flags, total, sum(part.flops for part in work(changed))))
-    return sorted(found, key=lambda knob: knob.bytes)
-
-
-def _changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    recipe = setting.recipe
-    config: Any = recipe.method
-
-    def changed(**parts: Any) -> Setting:
-        return replace(setting, recipe=replace(recipe, **parts))
-
-    share = setting.pairs // setting.micro_batches // 2
-    if share and not setting.pairs % share:
-        yield f"--engine.max_micro_batch {share}", changed(engine=replace(recipe.engine, max_micro_batch=share))
-    if recipe.engine.zero_stage < 3:
-        stage = recipe.engine.zero_stage + 1
-        yield f"--engine.zero_stage {stage}", changed(engine=replace(recipe.engine, zero_stage=stage))
-    if not isinstance(config, SigLIPConfig):
-        saving = config.towers
-        for side in ("image", "text"):
-            tower = getattr(saving, side)
-            saving = replace(saving, **{side: replace(tower, trunk=replace(tower.trunk, checkpoint_activations=True))})
-            flag = f"--method.towers.{side}.trunk.checkpoint_activations true"
-            one = replace(config.towers, **{side: getattr(saving, side)})
-            yield flag, changed(method=replace(config, towers=one))
-        ring = replace(config.contrast, exchange="ring")
-        yield "--method.contrast.exchange ring", changed(method=replace(config, contrast=ring))
-    if isinstance(config, FILIPConfig):
-        yield "--method.winners recompute", changed(method=replace(config, winners="recompute"))
 
 
 def gib(count: float) -> str:

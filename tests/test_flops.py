@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmpt.flops import Counter, Utilisation, peak_flops
+from mmpt.flops import Utilisation, peak_flops
 from mmpt.methods.method import loss_of
 from mmpt.plan import Setting, work
+from mmpt.plan_sample import Counter
 from mmpt.recipe import parse_arguments
 from tests.methods import tiny
 from tests.test_plan import PAIRS, SAVING, TOKENS, recipe_of

@@ -14,7 +14,9 @@ from mmpt.engine.build import build
 from mmpt.engine.step import train_step
 from mmpt.methods.method import loss_of
 from mmpt.ops.late_interaction.winners import winner_bytes
-from mmpt.plan import Setting, knobs, memory, towers, winners_of, work
+from mmpt.plan import Setting, memory, towers, winners_of, work
+from mmpt.plan_knobs import knobs
+from mmpt.plan_sample import FEW, MORE, Sample, even_batch, sample_of
 from mmpt.recipe import Recipe, parse_arguments
 from tests.ranks import run
 
@@ -131,6 +133,72 @@ def test_work_is_the_products_that_torch_counts(name: str) -> None:
     assert sum(part.flops for part in work(setting)) == pytest.approx(counted, rel=0.02)
 
 
+def sampled(recipe: Recipe, whole: bool = True) -> Sample:
+    return sample_of(recipe.method, TOKENS, whole, "none", torch.float32, False)
+
+
+def test_a_sample_finds_what_formulas_say() -> None:
+    setting = Setting(recipe_of("clip.tiny"), 1, TOKENS)
+    found = sampled(setting.recipe, whole=False)
+    flops = sum(part.flops for part in work(setting) if part.name.endswith("tower"))
+    assert PAIRS * found.flops == pytest.approx(flops, rel=0.02)
+    held = kept_by_autograd(setting.recipe, batch_for(setting.recipe))
+    assert PAIRS * found.bytes == pytest.approx(held, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["align.tiny", "vilt.tiny", "albef.tiny", "meter.tiny", "uniter.tiny"])
+def test_more_pairs_keep_what_the_sample_says(name: str) -> None:
+    recipe = recipe_of(name, *(("--method.match_weight", "0") if name.startswith("uniter") else ()))
+    method, tasks = recipe.method.build(), [task for task, _ in recipe.method.inputs().tasks] or [""]
+    held = []
+    for task in tasks:
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+            terms = method.terms(even_batch(recipe.method.inputs(), 12, TOKENS, task))
+        own = storages([*method.parameters(), *method.buffers()])
+        held.append(sum(size for pointer, size in storages(kept).items() if pointer not in own))
+        del terms
+    assert planned(Setting(recipe, 1, TOKENS), "activations") * 12 / PAIRS == pytest.approx(max(held), rel=0.03)
+
+
+def test_attention_of_a_cpu_is_counted_and_a_copy_has_no_backward() -> None:
+    """ALBEF by hand: the lower blocks read the caption twice, the fusion blocks 1 and 3 pairs; the copy all once."""
+    recipe = recipe_of("albef.tiny", "--method.queue", "0")
+    width, patches, words = 160, 65, TOKENS
+    block = lambda tokens: tokens * (24 * width**2 + 4 * tokens * width)  # noqa: E731
+    fusion = block(words) + words * 4 * width**2 + patches * 4 * width**2 + 4 * words * patches * width
+    image = 4 * block(patches) + (patches - 1) * 2 * 192 * width
+    trained, copied = image + 4 * block(words) + 2 * fusion * 4, image + 4 * block(words) + 2 * fusion
+    guesses = 2 * (width**2 + width * 2048) * words * 0.15  # about: the words that are chosen are drawn
+    expected = 3 * (trained + guesses) + copied + guesses
+    assert sampled(recipe).flops == pytest.approx(expected, rel=0.03)
+
+
+def test_a_momentum_copy_and_a_queue_are_held_everywhere() -> None:
+    recipe = recipe_of("albef.tiny")
+    method, setting = recipe.method.build(), Setting(recipe, 2, TOKENS)
+    assert method.teacher is not None
+    assert planned(setting, "momentum copy") == sum(p.nbytes for p in method.teacher.parameters())
+    assert planned(setting, "buffers") == sum(b.nbytes for b in method.buffers()) > 2 * 4 * 1024 * 128
+
+
+def test_a_budget_of_tokens_cuts_micro_batches() -> None:
+    recipe = recipe_of("uniter.tiny", "--engine.max_micro_batch_tokens", "256")
+    setting = Setting(recipe, 1, TOKENS)
+    assert setting.micro_pairs == 256 // (64 + TOKENS) == 3
+    assert planned(setting, "activations") == pytest.approx(
+        3 / 8 * planned(Setting(recipe_of("uniter.tiny"), 1, TOKENS), "activations")
+    )
+
+
+@pytest.mark.parametrize("name", ["align.tiny", "albef.tiny"])
+def test_parts_of_any_method_can_save_activations(name: str) -> None:
+    found = [knob.flags for knob in knobs(Setting(recipe_of(name), 1, TOKENS))]
+    wanted = {"align.tiny": "--method.towers.image.checkpoint_activations true",
+              "albef.tiny": "--method.fusion.trunk.checkpoint_activations true"}  # fmt: skip
+    assert wanted[name] in found and FEW < MORE
+
+
 def test_winners_are_the_operators() -> None:
     setting = Setting(recipe_of("filip.tiny"), 1, TOKENS)
     inputs = setting.recipe.method.inputs()
@@ -164,6 +232,9 @@ def test_the_page_says_what_does_not_fit_and_what_would(capsys: pytest.CaptureFi
     assert [line for line in page.splitlines() if "image.trunk.checkpoint_activations" in line and "fits" in line]
     assert cli.main(["plan", "--recipe", "filip.vit_l14", "--gpus", "64", "--gpu-gib", "400"]) == 0
     assert " fits into 400 GiB" in capsys.readouterr().out
+    assert cli.main(["plan", "--recipe", "slip.tiny", "--gpus", "2"]) == 0
+    page = capsys.readouterr().out
+    assert "as measured on 2 and 4" in page and "forward and backward" in page and "similarity" in page
 
 
 @pytest.mark.parametrize(
