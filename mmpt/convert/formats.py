@@ -7,6 +7,7 @@ from mmpt.convert import (
     hf_align,
     hf_bert,
     hf_clip,
+    hf_roberta,
     hf_siglip,
     hf_vilt,
     hf_vit,
@@ -24,7 +25,7 @@ from mmpt.convert.reading import Source
 
 MODULES = (
     openai_clip, chinese_clip, declip, wukong, slip, open_clip_siglip, open_clip, hf_clip, hf_siglip, hf_align, hf_vilt,
-    albef, vilt, uniter, hf_bert, hf_vit, timm_vit,
+    albef, vilt, uniter, hf_roberta, hf_bert, hf_vit, timm_vit,
 )  # fmt: skip
 FORMATS: tuple[Format, ...] = tuple(module.FORMAT for module in MODULES)
 """In the order in which they are asked whether a source is theirs."""

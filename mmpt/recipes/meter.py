@@ -12,7 +12,8 @@ from mmpt.models.image import SIZES, ViTConfig
 from mmpt.models.transformer import TransformerConfig
 from mmpt.recipe import Recipe, RunConfig
 
-ROBERTA_VOCABULARY, ROBERTA_POSITIONS = 50_265, 514
+ROBERTA_VOCABULARY, ROBERTA_POSITIONS = 50_265, 512
+"""Positions but for the two that no word has."""
 
 
 def base() -> Recipe:

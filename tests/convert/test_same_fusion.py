@@ -1,6 +1,7 @@
 """ALBEF.pth, uniter-base.pt, ALIGN and the beginnings of ALBEF and UNITER, against transformers' classes with the same
 weights; texts of mixed length in one batch."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from transformers import (
     BertModel,
     BlipTextConfig,
     BlipTextModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaModel,
     ViTModel,
 )
 
 from mmpt.batch import Pictures, Regions, Tokens, pack, unpack
-from mmpt.convert import formats
+from mmpt.convert import formats, reading
 from mmpt.convert.exporting import their_tensors
 from mmpt.convert.importing import take
 from mmpt.convert.positions import DEIT, OPEN_CLIP, VILT, stretched_grid
@@ -28,6 +32,7 @@ from mmpt.convert.reading import Source
 from mmpt.engine.weights import put, tensors_of
 from mmpt.methods.albef import ALBEFConfig
 from mmpt.methods.align import ALIGNConfig
+from mmpt.methods.meter import METERConfig
 from mmpt.methods.method import Method
 from mmpt.methods.uniter import UNITERConfig
 from mmpt.models.bert import BertConfig as OurBertConfig
@@ -356,3 +361,38 @@ def their_tensors_on_meta(name: str, method: Method) -> tuple[dict[str, Tensor],
     theirs, left = exported(format.rules(method), tensors_of(method))
     names = dict.fromkeys([n for n, other in format.repeats if other in theirs]) | format.extras(method)
     return theirs | names, [n for n in left if n != "steps"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("saved", ["alone", "with its head", "tensors alone"])
+def test_meter_begins_with_roberta(saved: str, tmp_path: Path) -> None:
+    """Its positions begin two rows further on than BERT's; the file says which of the two it is."""
+    config = RobertaConfig(
+        num_hidden_layers=DEPTH, type_vocab_size=1, layer_norm_eps=1e-5, bos_token_id=0, eos_token_id=2, **SIZES
+    )
+    torch.manual_seed(0)
+    kind = RobertaForMaskedLM if saved == "with its head" else RobertaModel
+    theirs = kind(config).eval()
+    shake(theirs)
+    if saved == "tensors alone":
+        torch.save(theirs.state_dict(), tmp_path / "roberta.pt")
+        source = reading.read(tmp_path / "roberta.pt")
+    else:
+        theirs.save_pretrained(tmp_path / "roberta")
+        source = reading.read(tmp_path / "roberta")
+    words = BertEmbeddingConfig(WIDTH, VOCABULARY, POSITIONS - 2, types=1, norm_eps=1e-5)
+    trunk = replace(post(DEPTH), norm_eps=1e-5)
+    method: Any = METERConfig(albef_config().image, OurBertConfig(words, trunk, POSITIONS - 2), post(1)).build()
+    format = formats.recognised(source)
+    assert format.name == "hf_roberta"
+    put(method, take(source, format, method, tensors_of(method), ("text",), partial=False).loaded)
+    if saved != "tensors alone":
+        told = format.settings(source, method)
+        assert told["method.text.embedding.norm_eps"] == 1e-5 and told["method.text.trunk.heads"] == 4
+        with pytest.raises(ValueError, match="its pad has id 0"):
+            format.settings(Source(source.path, {}, {"pad_token_id": 0}, {}), method)
+    texts = captions()
+    ids, mask = padded(texts, fill=1)
+    encoder = theirs.roberta if isinstance(theirs, RobertaForMaskedLM) else theirs
+    expected = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(method.eval().text(pack(texts)).x, as_packed(texts, expected), **TOLERANCE)

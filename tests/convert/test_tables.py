@@ -85,6 +85,7 @@ def test_there_and_back(format_name: str, name: str) -> None:
 
 PARTS = [
     ("hf_bert", "clip, bert"), ("hf_bert", "albef local"), ("hf_bert", "uniter mlm"), ("hf_bert", "meter"),
+    ("hf_roberta", "meter"), ("hf_roberta", "clip, bert"),
     ("hf_vit", "clip, timm"), ("timm_vit", "clip, timm"), ("timm_vit", "vilt"), ("timm_vit", "albef local"),
     ("timm_vit", "meter"),
 ]  # fmt: skip
