@@ -192,7 +192,7 @@ class Meeting(NamedTuple):
 def meeting(setting: Setting) -> Meeting:
     config: Any = setting.recipe.method
     if isinstance(config, SigLIPConfig):
-        return Meeting(config.image.trunk.width, 1, 1, ContrastConfig())
+        return Meeting(config.image.trunk.width, 1, 1, config.contrast)
     if not isinstance(config, FILIPConfig):
         return Meeting(config.towers.embed_dim, 1, 1, config.contrast)
     text = min(setting.mean_tokens, config.inputs().max_text_tokens) - (0 if config.text_special_tokens else 2)

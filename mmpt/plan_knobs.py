@@ -40,7 +40,7 @@ def _changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield f"--engine.zero_stage {stage}", changed(engine=replace(recipe.engine, zero_stage=stage))
     for flag, method in _checkpointed(config, "--method"):
         yield f"{flag} true", changed(method=method)
-    if hasattr(config, "towers"):
+    if hasattr(config, "contrast"):
         ring = replace(config.contrast, exchange="ring")
         yield "--method.contrast.exchange ring", changed(method=replace(config, contrast=ring))
     if isinstance(config, FILIPConfig):

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 LAYER = {
     "config": 0, "batch": 0, "inputs": 0, "waits": 0, "dist": 0, "exit_codes": 0, "failure": 1, "ops": 1, "models": 2,
     "objectives": 2, "data": 2, "methods": 3, "engine": 4, "evals": 4, "recipe": 5, "convert": 5, "recipes": 6,
-    "synthetic": 2, "train": 7, "plan": 7, "plan_sample": 7, "plan_knobs": 7, "flops": 7, "check_loss": 7, "cli_audit": 7, "cli_plan": 8, "cli_convert": 8,
+    "synthetic": 2, "train": 7, "plan": 7, "plan_sample": 7, "plan_knobs": 7,
+    "flops": 7, "check_loss": 7, "cli_audit": 7, "cli_plan": 8, "cli_convert": 8,
     "cli_explain": 8, "cli_bench": 8, "cli_checkpoint": 8, "cli": 9,
 }  # fmt: skip
 SIBLINGS_APART = ("models", "objectives", "data", "engine", "evals")

@@ -8,23 +8,23 @@ As published, an image is read by attention with a learned query, and a text, fi
 like any token, from its last token. (A tower without pads would be another model.)
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
-from mmpt import dist
 from mmpt.batch import Batch, Pictures, Tokens
 from mmpt.inputs import InputSpec, combined
-from mmpt.methods.method import Method, Term, first_pair, pairs_of, reported_terms
+from mmpt.methods.method import Method, Term, contrastive_terms
 from mmpt.models.dual_tower import unit
 from mmpt.models.image import SIZES, ViT, ViTConfig
 from mmpt.models.logit_scale import LogitBias, LogitScale
 from mmpt.models.pooling import AttentionPooling, last_token
 from mmpt.models.text import TextTransformer, TextTransformerConfig
 from mmpt.models.transformer import TransformerConfig, initialise_linear
-from mmpt.objectives.sigmoid import pairwise_sigmoid
 from mmpt.ops.bounded import capped_exp
+from mmpt.ops.contrast.loss import ContrastConfig
+from mmpt.ops.contrast.sigmoid import sigmoid_contrast
 from mmpt.ops.similarity import similarity
 
 
@@ -36,6 +36,15 @@ class SigLIPConfig:
     """Logits start divided by this."""
     initial_bias: float = -10.0
     """Added to the logits at the start, when almost no pair is a match."""
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    """How images meet the texts of all ranks; smoothing and filtering belong to a softmax."""
+
+    def __post_init__(self) -> None:
+        if self.contrast.label_smoothing or self.contrast.filter_below:
+            raise ValueError(
+                f"contrast.label_smoothing ({self.contrast.label_smoothing}) and contrast.filter_below "
+                f"({self.contrast.filter_below}) are 0 here: a sigmoid loss has no softmax"
+            )
 
     def inputs(self) -> InputSpec:
         return replace(combined(self.image.inputs(), self.text.inputs()), text_padding="max")
@@ -60,6 +69,7 @@ class SigLIP(Method):
 
     def __init__(self, config: SigLIPConfig):
         super().__init__()
+        self.contrast = config.contrast
         self.image, self.text = ViT(config.image), TextTransformer(config.text)
         self.image_pooling = AttentionPooling(config.image.trunk)
         self.text_projection = nn.Linear(config.text.trunk.width, config.image.trunk.width)
@@ -80,9 +90,9 @@ class SigLIP(Method):
 
     def objective(self, image: Tensor, text: Tensor) -> dict[str, Term]:
         scale = self.logit_scale()
-        logits = scale * similarity(image, dist.gather(text)) + self.logit_bias()  # [B, N]
-        loss = pairwise_sigmoid(logits, first_pair(logits))
-        return {"sigmoid": Term(loss, pairs_of(logits)), **reported_terms(logits, scale)}
+        found = sigmoid_contrast(image, text, scale, self.logit_bias(), self.contrast)
+        terms = contrastive_terms(found, len(image), scale)
+        return {"sigmoid": terms.pop("contrastive"), **terms}
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return {"sigmoid": len(batch)}

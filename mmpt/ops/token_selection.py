@@ -34,8 +34,8 @@ def with_zero_pads(tokens: Tokens, max_tokens: int) -> Tokens:
 def without_zero_pads(tokens: Tokens) -> Tensor:
     """[B], what turns each sequence's mean over tokens into that over all but a zero vector at its end."""
     last = tokens.x[tokens.offsets[1:].long() - 1]
-    lengths = tokens.lengths().float()
-    return lengths / (lengths - (last == 0).all(1).float()).clamp(min=1)
+    lengths = tokens.lengths().to(torch.promote_types(tokens.x.dtype, torch.float32))
+    return lengths / (lengths - (last == 0).all(1).to(lengths)).clamp(min=1)
 
 
 @torch.no_grad()

@@ -132,6 +132,8 @@ def test_captions_and_images_are_encoded_one_by_one(name: str) -> None:
 def test_features_have_length_one(name: str) -> None:
     for feature in build(name).encode(batch(name, 4, 0, 4)):
         x = feature.x if isinstance(feature, Tokens) else feature
+        if name.endswith("zero pads"):
+            x = x[(x != 0).any(1)]
         torch.testing.assert_close(x.norm(dim=-1), torch.ones(len(x)))
 
 

@@ -17,7 +17,7 @@ from mmpt.methods.clip import CLIP
 from mmpt.methods.filip import FILIP
 from mmpt.methods.method import Method, loss_of
 from mmpt.methods.siglip import SigLIP
-from tests.methods.tiny import CONFIGS, FUSION, batch, build
+from tests.methods.tiny import CONFIGS, FUSION, MAX_TOKENS, batch, build
 from tests.ranks import run
 
 PAIRS = 8
@@ -58,7 +58,11 @@ def filip_logits(method: FILIP, image: Tokens, text: Tokens, workers: int) -> tu
         ]  # fmt: skip
         chosen = [(kept(patches[g], words[g], ratio), kept(words[g], patches[g], ratio)) for g in groups]
         patches, words = ([rows for part in parts for rows in part] for parts in zip(*chosen, strict=True))
-    i2t = torch.stack([torch.stack([best(p, w) for w in words]) for p in patches])
+    seen = words
+    if method.config.zero_pads:  # patches may choose any of the pads, all zero, which are no words of their text
+        words = [w[: len(w) - int((w[-1] == 0).all())] for w in words]
+        seen = [torch.cat([w, w.new_zeros(MAX_TOKENS - len(w), w.shape[1])]) for w in words]
+    i2t = torch.stack([torch.stack([best(p, w) for w in seen]) for p in patches])
     t2i = torch.stack([torch.stack([best(w, p) for w in words]) for p in patches])
     return i2t, t2i
 
@@ -194,6 +198,11 @@ def test_local_selection_depends_on_the_workers_and_global_does_not() -> None:
     assert len(set(losses("albef local"))) == 3
     assert len(set(losses("filip local"))) == 3 and len(set(losses("filip global"))) == 1
     assert losses("filip local")[0] == losses("filip global")[0]
+
+
+def test_zero_pads_are_chosen() -> None:
+    """Otherwise they could be forgotten without notice."""
+    assert by_hand("filip zero pads", 1)[0] != pytest.approx(by_hand("filip", 1)[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["clip at the cap", "filip at the cap"])

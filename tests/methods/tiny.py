@@ -73,6 +73,13 @@ CONFIGS: dict[str, MethodConfig] = {
     "siglip": SigLIPConfig(
         ViTConfig(TRUNK, IMAGE_SIZE, 4, class_token=False, patch_bias=True, norm_before=False), TEXT, initial_bias=-2.0
     ),
+    "siglip ring": SigLIPConfig(
+        ViTConfig(TRUNK, IMAGE_SIZE, 4, class_token=False, patch_bias=True, norm_before=False),
+        TEXT,
+        initial_bias=-2.0,
+        contrast=ContrastConfig("ring", score_bytes=8),
+    ),
+    "filip zero pads": FILIPConfig(TOWERS, zero_pads=True),
     "align": ALIGNConfig(DualTowerConfig(POOLED, READ, 64, project_image=False, text_projection_bias=True)),
     "slip": SLIPConfig(TOWERS, projector=ProjectorConfig(10, 6), view_weight=0.7),
     "meter": METERConfig(SEEN, READ, POST),

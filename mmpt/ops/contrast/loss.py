@@ -129,7 +129,7 @@ class _Contrast(torch.autograd.Function):
                     s_i2t, s_t2i = ctx.kept.i2t.detach(), ctx.kept.t2i.detach()
                 else:
                     s_i2t, s_t2i = plan.score(image, text)
-                for slab, rows in _slabs(images, s_i2t.shape[1]):
+                for slab, rows in slabs(images, s_i2t.shape[1]):
                     a, b = scale * s_i2t[slab], scale * s_t2i[slab]
                     positive = plan.targets.positive(rows, columns)
                     y, z = plan.targets.distributions(positive, rows, columns, exact)
@@ -207,7 +207,7 @@ def _to_score_gradients(
     over_texts, over_images = log_sum_exps
     here, there = upstream[plan.targets.first] / 2, upstream[columns] / 2
     grad_scale = torch.zeros_like(scale)
-    for slab, rows in _slabs(images, s_i2t.shape[1]):
+    for slab, rows in slabs(images, s_i2t.shape[1]):
         positive = plan.targets.positive(rows, columns)
         y, z = plan.targets.distributions(positive, rows, columns, exact)
         p = (scale * s_i2t[slab] - over_texts[rows, None]).exp_()
@@ -224,7 +224,7 @@ def _to_score_gradients(
     return grad_scale
 
 
-def _slabs(images: slice, columns: int) -> Iterator[tuple[slice, slice]]:
+def slabs(images: slice, columns: int) -> Iterator[tuple[slice, slice]]:
     """Runs of the rows of a block, within it and among all images of this rank."""
     each = max(1, SLAB_ELEMENTS // max(1, columns))
     for first in range(images.start, images.stop, each):
