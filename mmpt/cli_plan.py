@@ -37,8 +37,8 @@ def lines(setting: Setting, parsed: argparse.Namespace) -> list[str]:
     total, available = sum(part.bytes for part in parts), parsed.gpu_gib * (1 << 30)
     out = [
         f"{parsed.recipe}: {recipe.run.global_batch:,} pairs on {setting.devices} devices, {setting.pairs} each in "
-        f"{setting.micro_batches} micro-batch(es); {recipe.engine.precision}, ZeRO {recipe.engine.zero_stage}; "
-        f"texts of {setting.mean_tokens:g} tokens",
+        f"{-(-setting.pairs // setting.micro_pairs)} micro-batch(es); {recipe.engine.precision}, ZeRO "
+        f"{recipe.engine.zero_stage}; texts of {setting.mean_tokens:g} tokens",
         "",
         f"{'memory per device':32}{'GiB':>9}",
     ]

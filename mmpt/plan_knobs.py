@@ -32,8 +32,13 @@ def _changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
     def changed(**parts: Any) -> Setting:
         return replace(setting, recipe=replace(recipe, **parts))
 
-    share = setting.pairs // setting.micro_batches // 2
-    if share and not setting.pairs % share:
+    share, budget = setting.pairs // setting.micro_batches // 2, recipe.engine.max_micro_batch_tokens // 2
+    if budget:
+        yield (
+            f"--engine.max_micro_batch_tokens {budget}",
+            changed(engine=replace(recipe.engine, max_micro_batch_tokens=budget)),
+        )
+    elif share and not setting.pairs % share:
         yield f"--engine.max_micro_batch {share}", changed(engine=replace(recipe.engine, max_micro_batch=share))
     if recipe.engine.zero_stage < 3:
         stage = recipe.engine.zero_stage + 1

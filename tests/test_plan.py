@@ -186,6 +186,7 @@ def test_a_budget_of_tokens_cuts_micro_batches() -> None:
     recipe = recipe_of("uniter.tiny", "--engine.max_micro_batch_tokens", "256")
     setting = Setting(recipe, 1, TOKENS)
     assert setting.micro_pairs == 256 // (64 + TOKENS) == 3
+    assert "--engine.max_micro_batch_tokens 128" in [knob.flags for knob in knobs(setting)]
     assert planned(setting, "activations") == pytest.approx(
         3 / 8 * planned(Setting(recipe_of("uniter.tiny"), 1, TOKENS), "activations")
     )
