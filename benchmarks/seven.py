@@ -14,7 +14,7 @@ from pathlib import Path
 
 from seven_parts import information, scores, tables
 from seven_parts.data import prepare, samples_in
-from seven_parts.runs import LEARNING_RATES, METHODS, Run, flops_per_pair, marks, pool, train_all
+from seven_parts.runs import BATCH, LEARNING_RATES, METHODS, Run, flops_per_pair, marks, pool, train_all
 
 from mmpt.evals.controls import fit_bigrams, text_only_twins
 
@@ -38,7 +38,7 @@ def main() -> None:
         lines += side_by_side(root, data, rates, parsed.samples, parsed.seeds, parsed.jobs)
         if data == "scenes":
             lines += bounds(root, rates, parsed.samples, parsed.seeds, parsed.jobs)
-            lines += noise(root, rates["albef"], parsed.samples, parsed.seeds, parsed.jobs)
+            lines += noise(root, rates["albef"], parsed.samples // 2, parsed.seeds, parsed.jobs)
     (root / "tables.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -55,7 +55,7 @@ def scored(root: Path, asked: list[tuple[Run, int, str]], jobs: int) -> list[Pat
 
 def tune(root: Path, data: str, samples: int, jobs: int) -> dict[str, float]:
     """The best learning rate of each method."""
-    step = samples // 64
+    step = samples // BATCH
     runs = [Run(method, data, TUNING_SEED, lr) for method in METHODS for lr in LEARNING_RATES]
     train_all(root, {run: [step] for run in runs}, jobs)
     found = scored(root, [(run, step, "validation") for run in runs], jobs)
@@ -87,10 +87,10 @@ def side_by_side(root: Path, data: str, rates: dict[str, float], samples: int, s
     for m in METHODS:
         flops = flops_per_pair(root, Run(m, data, 0, LEARNING_RATES[0]))
         lines.append(
-            f"- {NAMES[m]}: learning rate {rates[m]:g}, {flops / 1e9:.3f} GFLOP a pair, {64 * steps[m][1]:,} pairs at "
-            "equal FLOPs"
+            f"- {NAMES[m]}: learning rate {rates[m]:g}, {flops / 1e9:.3f} GFLOP a pair, {BATCH * steps[m][1]:,} pairs "
+            "at equal FLOPs"
         )
-    for which, title in enumerate((f"equal samples: {64 * (samples // 64):,} pairs each", "equal FLOPs")):
+    for which, title in enumerate((f"equal samples: {BATCH * (samples // BATCH):,} pairs each", "equal FLOPs")):
         found = {NAMES[m]: [answers[run, steps[m][which]] for run in runs if run.method == m] for m in METHODS}
         if which == 0:
             if oracle:
@@ -129,7 +129,7 @@ def bounds(root: Path, rates: dict[str, float], samples: int, seeds: int, jobs: 
         waiting = {
             NAMES[m]: [
                 processes.submit(
-                    information.bounds, Run(m, "scenes", seed, rates[m]).checkpoint(root, samples // 64),
+                    information.bounds, Run(m, "scenes", seed, rates[m]).checkpoint(root, samples // BATCH),
                     root / "data/scenes", fresh,
                 )
                 for seed in range(seeds)
@@ -143,7 +143,7 @@ def bounds(root: Path, rates: dict[str, float], samples: int, seeds: int, jobs: 
 
 def noise(root: Path, lr: float, samples: int, seeds: int, jobs: int) -> list[str]:
     """ALBEF with and without distillation, where so many captions in a hundred are another picture's."""
-    step = samples // 64
+    step = samples // BATCH
     runs = [Run("albef", "scenes", s, lr, shards, alpha) for s in range(seeds) for shards in NOISE for alpha in ALPHAS]
     train_all(root, {run: [step] for run in runs}, jobs)
     files = scored(root, [(run, step, "test") for run in runs], jobs)
@@ -153,7 +153,7 @@ def noise(root: Path, lr: float, samples: int, seeds: int, jobs: int) -> list[st
             own = [f for run, f in zip(runs, files, strict=True) if (run.shards, run.alpha) == (shards, alpha)]
             name = f"alpha {alpha:g}, {shards.removeprefix('shuffled-') if shards != 'train' else 0} % shuffled"
             found[name] = [tables.answered(file) for file in own]
-    return ["### ALBEF, shuffled captions", "", *tables.retrieval_table(found), ""]
+    return [f"### ALBEF, shuffled captions, {BATCH * step:,} pairs each", "", *tables.retrieval_table(found), ""]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from data_tools.regions_models import feature_map, load_grid
 from mmpt.data.regions import BOXES, CONFIDENCE, EXTENSION, FEATURES
 
 GALLERY = 256
+VALIDATED = 128
+"""In a gallery to choose a learning rate by."""
 CELLS = 4
 """Along a side of UNITER's grid."""
 REGION_WIDTH = 192
