@@ -17,9 +17,10 @@ _passed = deque["Wait"](maxlen=100_000)
 
 @dataclass
 class Wait:
-    """One collective. began: `time.perf_counter()` of the host."""
+    """One collective. began: `time.perf_counter()` of the host. zero: whether it is one of ZeRO's."""
 
     began: float
+    zero: bool = False
     ended: float = 0.0
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
@@ -32,9 +33,9 @@ class Wait:
 
 
 @contextlib.contextmanager
-def waiting(device: torch.device) -> Iterator[None]:
+def waiting(device: torch.device, zero: bool = False) -> Iterator[None]:
     """Around a collective on tensors of this device."""
-    wait = Wait(time.perf_counter())
+    wait = Wait(time.perf_counter(), zero)
     if device.type == "cuda":
         wait.events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         wait.events[0].record()

@@ -54,7 +54,7 @@ def train(*where, ranks: int = 1, **changes) -> subprocess.CompletedProcess:
 
 def losses(run_dir: Path) -> list[tuple]:
     """What must not depend on interruptions: everything in the records but times and memory."""
-    timing = re.compile("second|data_wait|memory|checkpoint|straggler|mfu")
+    timing = re.compile("second|data_wait|memory|checkpoint|straggler|communication|mfu")
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [tuple((k, v) for k, v in record.items() if not timing.search(k)) for record in records]
 

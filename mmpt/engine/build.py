@@ -19,6 +19,7 @@ from mmpt.engine.norms import PartNorms
 from mmpt.engine.optim import OptimConfig, build_optimizer, freeze, parameter_groups
 from mmpt.engine.partition import clear_gradient_shards, segments, spoil_gradients
 from mmpt.engine.teacher import advance
+from mmpt.engine.zero_waits import time_zero
 from mmpt.methods.method import Method
 
 
@@ -216,6 +217,7 @@ def build(method: Method, config: EngineConfig, optim: OptimConfig, micro_batch:
         config=deepspeed_config(config, optim.clip_norm, micro_batch, dist.world_size(), device.type == "cuda"),
         dist_init_required=False,
     )
+    time_zero(device)
     engine = Engine(wrapped, config, optim.clip_norm)
     if isinstance(engine.optimizer, Lamb):
         names = sorted(name for name, parameter in method.named_parameters() if parameter.requires_grad)

@@ -28,6 +28,7 @@ PAGE: dict[str, dict[str, tuple[str, ...]]] = {
         "step seconds (median, 95 %, longest)": ("system/step_seconds_",),
         "tokens of a text, on average": ("system/mean_text_tokens$",),
         "share of time waiting for data": ("system/data_wait_share$",),
+        "share of time in collectives": ("communication_share/",),
         "memory in GiB": ("system/memory_gib$",),
         "slowest rank: its own time over the median rank's": ("system/straggler_factor$",),
         "slowest rank: which": ("system/straggler_rank$",),

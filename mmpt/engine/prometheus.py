@@ -42,6 +42,10 @@ METRICS = (
          ("step_seconds_max", 'quantile="1"')),
     ),
     Metric("mmpt_data_wait_share", "gauge", "Share of time waiting for data.", (("data_wait_share", ""),)),
+    Metric(
+        "mmpt_communication_share", "gauge", "Share of time in collectives, waits for slower ranks included.",
+        (("communication_share/method", 'of="method"'), ("communication_share/zero", 'of="zero"')),
+    ),
     Metric("mmpt_memory_gib", "gauge", "Peak memory of the largest rank.", (("memory_gib", ""),)),
     Metric("mmpt_quarantine_rate", "gauge", "Share of samples that could not be used.", (("quarantine_rate", ""),)),
     Metric("mmpt_heartbeat_timestamp_seconds", "gauge", "When this was written.", (("now", ""),)),

@@ -1,7 +1,8 @@
 """Which rank holds the others up: by what each does itself, not by how long its steps take, which all share.
 
 own = seconds of the steps - seconds of waiting in collectives; of it, data = seconds of waiting for batches.
-DeepSpeed's collectives are not told apart: a rank that is slow in the backward alone looks less slow than it is.
+On CUDA ZeRO's collectives are not told apart (zero_waits.py): a rank that is slow in the backward alone looks less slow
+there than it is.
 """
 
 import statistics
@@ -33,22 +34,34 @@ class Stragglers:
 
     def record(self) -> tuple[dict[str, float], str]:
         """(for the metrics, a line if one rank is much slower than the median); the same on all ranks. Collective."""
-        waited_seconds = sum(wait.seconds() for wait in self._waits)
-        own = [self._step_seconds - waited_seconds, self._data_seconds, waited_seconds]
-        all_ranks = dist.gather(torch.tensor([own], device=self._device)).tolist()  # [W, 3]
+        zero_seconds = sum(wait.seconds() for wait in self._waits if wait.zero)
+        our_seconds = sum(wait.seconds() for wait in self._waits if not wait.zero)
+        own = [self._step_seconds - zero_seconds - our_seconds, self._data_seconds, our_seconds, zero_seconds]
+        all_ranks = dist.gather(torch.tensor([own], device=self._device)).tolist()  # [W, 4]
         self._clear()
-        return compare(all_ranks, self._nodes)
+        record, line = compare(all_ranks, self._nodes)
+        return record | communication(all_ranks, zero_known=self._device.type == "cpu"), line
+
+
+def communication(all_ranks: list[list[float]], zero_known: bool) -> dict[str, float]:
+    """Shares of the ranks' time in collectives, the wait for slower ranks included; nothing where there is one rank."""
+    if len(all_ranks) == 1:
+        return {}
+    own, _, ours, zero = (sum(column) for column in zip(*all_ranks, strict=True))
+    whole = own + ours + zero
+    record = {"communication_share/method": ours / whole}
+    return record | ({"communication_share/zero": zero / whole} if zero_known else {})
 
 
 def compare(all_ranks: list[list[float]], nodes: list[str]) -> tuple[dict[str, float], str]:
-    """From each rank's [own seconds, seconds of them for data, seconds of waiting] and node."""
-    owns = [own for own, _, _ in all_ranks]
+    """From each rank's [own seconds, seconds of them for data, ...] and node."""
+    owns = [row[0] for row in all_ranks]
     slowest, median = owns.index(max(owns)), statistics.median_low(owns)
     factor = max(owns) / median if median > 0 else 1.0
     record = {"straggler_factor": factor, "straggler_rank": float(slowest)}
     if factor < NAMED_FACTOR or max(owns) - median < NAMED_SECONDS:
         return record, ""
-    own, data, _ = all_ranks[slowest]
+    own, data = all_ranks[slowest][:2]
     return record, (
         f"slow: rank {slowest} on {nodes[slowest]} took {own:.1f} s ({data:.1f} s for data) where the median rank took "
         f"{median:.1f} s; the others waited for it"

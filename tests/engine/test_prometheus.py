@@ -17,6 +17,7 @@ RECORD = {
     "loss": 2.5, "grad_norm": float("inf"), "learning_rate": 1e-3, "samples_per_second": 4096.0, "mfu": 0.41,
     "step_seconds_p50": 0.2, "step_seconds_p95": 0.3, "step_seconds_max": 1.5, "data_wait_share": 0.01,
     "memory_gib": 61.5, "skipped_steps": 3.0, "quarantine_rate": 0.0, "samples": 8192, "contrastive": 2.5,
+    "communication_share/method": 0.02, "communication_share/zero": 0.1,
 }  # fmt: skip
 
 
@@ -46,6 +47,8 @@ def test_its_own_parser_reads_back_every_number(tmp_path: Path) -> None:
     assert before <= values["mmpt_heartbeat_timestamp_seconds"] <= time.time()
     quantiles = {sample.labels["quantile"]: sample.value for sample in found["mmpt_step_seconds"]}
     assert quantiles == {"0.5": 0.2, "0.95": 0.3, "1": 1.5}
+    shares = {sample.labels["of"]: sample.value for sample in found["mmpt_communication_share"]}
+    assert shares == {"method": 0.02, "zero": 0.1}
 
 
 def test_what_is_unknown_is_absent_and_nan_is_said() -> None:

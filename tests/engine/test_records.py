@@ -26,7 +26,7 @@ from tests.ranks import run
 WANTED = {
     "loss", "contrastive", "logit_scale", "grad_norm", "samples_per_second", "samples_per_second_per_device",
     "data_wait_share", "step_seconds_p50", "step_seconds_p95", "step_seconds_max", "memory_gib", "skipped_steps",
-    "straggler_factor", "straggler_rank",
+    "straggler_factor", "straggler_rank", "communication_share/method", "communication_share/zero",
     "quarantine_rate", "mean_text_tokens",
 }  # fmt: skip
 
@@ -165,7 +165,8 @@ def test_the_page_shows_every_record_where_it_belongs(tmp_path: Path) -> None:
     for name, title in {
         "train/loss": "loss", "terms/contrastive": "terms of the loss", "terms/logit_scale": "logit scale",
         "terms/accuracy_i2t": "accuracy within the batch", "train/grad_norm": "gradient norm",
-        "grad_norm/image": "gradient norm by part", "system/restarts": "restarts",
+        "grad_norm/image": "gradient norm by part",
+        "communication_share/zero": "share of time in collectives", "system/restarts": "restarts",
         "system/samples_per_second": "pairs per second",
         "system/samples_per_second_per_device": "pairs per second and device",
         "eval/coco/val/image_to_text_R@5": "image to text recall", "eval/coco/val/text_to_image_R@1":
