@@ -2,8 +2,8 @@
 
     {"time": 1767225600.0, "event": "save", "step": 200, "attempt": 1, ...}
 
-event: preflight (the first of every attempt), start (a new run) and resume, with the code's commit, save, signal, stop
-(saved and left), hang, crash, rollback, finish.
+event: preflight (the first of every attempt), start (a new run), resume, save, save_failed, signal, stop (left, to be
+continued), hang, crash, rollback, finish. docs/checkpoints.md has the fields of each.
 """
 
 import json

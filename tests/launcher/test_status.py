@@ -159,4 +159,6 @@ def test_durations_and_discovery(tmp_path: Path) -> None:
 
 if __name__ == "__main__":  # draws the picture in the docs
     with tempfile.TemporaryDirectory() as drawn:
-        picture(many(Path(drawn)), 92).save_svg("docs/status.svg", title="mmpt-launch status", unique_id="status")
+        screen = picture(many(Path(drawn)), 92)
+        screen.print()  # rich cuts the lower edge of the last line off
+        screen.save_svg("docs/status.svg", title="mmpt-launch status", unique_id="status")
