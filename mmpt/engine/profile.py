@@ -20,7 +20,8 @@ from mmpt import dist
 PHASES = ("data", "encode", "image tower", "text tower", "loss", "backward", "optimizer")
 WITHIN = ("image tower", "text tower")
 """Part of encode."""
-COMMUNICATION = ("nccl:", "gloo:", "c10d::")
+COMMUNICATION = ("ncclDevKernel", "nccl:", "gloo:", "c10d::")
+"""NCCL's kernels, torch's notes around them and around gloo's, and the calls."""
 OPERATORS = 25
 
 

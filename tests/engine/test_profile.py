@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from mmpt import dist
 from mmpt.engine.build import EngineConfig, build
 from mmpt.engine.optim import OptimConfig
-from mmpt.engine.profile import Profile, check_steps
+from mmpt.engine.profile import Profile, check_steps, summary
 from mmpt.engine.step import train_step
 from tests.engine.toy import batches, toy
 from tests.ranks import run
@@ -50,6 +51,20 @@ def test_a_page_and_a_trace_of_the_steps_asked_for(tmp_path: Path) -> None:
     assert calls["of which image tower"] == calls["of which text tower"] == 4
     assert rows["encode"][0] >= rows["of which image tower"][0] > 0
     assert any("allreduce" in name or "all_reduce" in name for name in rows), "ranks talked"
+
+
+def test_on_cuda_the_kernels_of_nccl_are_communication() -> None:
+    """Rows as torch names them; times in microseconds, over two steps."""
+    rows = [
+        SimpleNamespace(key=key, count=4, cpu_time_total=host, self_cpu_time_total=host, self_device_time_total=device)
+        for key, host, device in (
+            ("mmpt: backward", 9000.0, 0.0), ("aten::mm", 500.0, 6000.0), ("c10d::allreduce_", 300.0, 0.0),
+            ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 0.0, 2400.0),
+        )
+    ]  # fmt: skip
+    communication = summary(rows, 1, 2, cuda=True).split("communication (device time)")[1].split("operators")[0]
+    assert re.search(r"ncclDevKernel_AllReduce_Sum_bf16\S* +1\.20 +2\.0$", communication, re.M)
+    assert "aten::mm" not in communication
 
 
 def test_steps_that_cannot_be_are_refused() -> None:
