@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,19 @@ def test_a_hung_collective_and_a_hung_loader_end_with_everybodys_stacks(
     assert "rank 1 on" in run.output() and "in phase data" in run.output()
     assert "in phase data" in (tmp_path / "stacks/rank-1.txt").read_text()
     assert "in phase step" in (tmp_path / "stacks/rank-0.txt").read_text().split("rank 0:")[-1], "it waited for rank 1"
+
+
+@pytest.mark.slow
+def test_a_rank_that_nobody_answers_at_the_start_ends(forks: Forks, scenes: Path, tmp_path: Path) -> None:
+    """As one whose rank 0 stands still when it has taken the call; torch alone would wait for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": str(silent.getsockname()[1])}
+        limits = {"run__hang_dump_seconds": 1, "run__hang_exit_seconds": 2, "engine__timeout_seconds": 3}
+        run = forks.start(arguments(scenes, tmp_path, **limits), ranks=1, rank_environment=[place])
+        assert run.wait(60) == [exit_codes.HUNG], run.output()
+    said = [line for line in run.output().splitlines() if line.startswith("train.py: error")]
+    assert len(said) == 1 and said[0].startswith("train.py: error: rank 1 on ") and "in 3 s" in said[0]
+    assert "in init_process_group" in run.output() and not (tmp_path / "heartbeat").exists()
 
 
 def data_worker(rank_pid: int) -> int:

@@ -14,7 +14,7 @@ from mmpt.engine.code_version import code_version
 from mmpt.engine.events import Events
 from mmpt.engine.preflight import preflight, raise_for
 from mmpt.engine.progress import Progress
-from mmpt.engine.pulse import Limits, Pulse
+from mmpt.engine.pulse import Limits, Pulse, watch_the_start
 from mmpt.engine.rollback import roll_back
 from mmpt.engine.saver import Saved, Saver
 from mmpt.engine.spikes import SpikeConfig
@@ -62,7 +62,8 @@ class Guard:
     """
 
     def __init__(self, config: GuardConfig, timeout_seconds: float):
-        self._config, self._timeout_seconds = config, timeout_seconds
+        self._config = config
+        self._limits = Limits(config.hang_dump_seconds, config.hang_exit_seconds, timeout_seconds)
         self._stopping = Stopping(config.grace_seconds, config.stop_before_seconds)
         self._pulse: Pulse | None = None
         self._step, self._steps_here, self._failed_saves = 0, 0, 0
@@ -79,16 +80,19 @@ class Guard:
 
     def open(self) -> None:
         """Begin to write heartbeats, and to watch."""
-        limits = Limits(self._config.hang_dump_seconds, self._config.hang_exit_seconds, self._timeout_seconds)
-        self._pulse = Pulse(self._run_dir, dist.rank(), limits, self.events)
+        self._start.cancel()
+        self._pulse = Pulse(self._run_dir, dist.rank(), self._limits, self.events)
 
     def __enter__(self) -> Self:
+        _, exit_seconds = self._limits.of("start")
+        self._start = watch_the_start(exit_seconds)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stopping.close()
+        self._start.cancel()
         if self._pulse is None:
             return
         hung = self._pulse.stalled()

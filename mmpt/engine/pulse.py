@@ -40,6 +40,29 @@ class Limits(NamedTuple):
         return self.dump_seconds, self.exit_seconds
 
 
+def watch_the_start(seconds: float) -> threading.Timer:
+    """Ends this rank with exit_codes.HUNG unless the timer is cancelled within so many seconds.
+
+    For the time before there is a run directory that a pulse could be seen in: torch's store waits without end for a
+    rank 0 that took the call and stands still.
+    """
+    timer = threading.Timer(seconds, _give_up, (seconds,))
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _give_up(seconds: float) -> None:
+    print(
+        f"train.py: error: rank {dist.launched_rank()} on {dist.node_name()} did not get through its start (joining "
+        f"the others, checking the nodes) in {seconds:.0f} s; this is where it stood:",
+        file=sys.stderr,
+        flush=True,
+    )
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    os._exit(exit_codes.HUNG)
+
+
 class Pulse:
     """Runs from construction to `close`. The training thread calls `beat`."""
 
