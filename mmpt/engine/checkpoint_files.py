@@ -2,7 +2,7 @@
 
     checkpoints/
       step-00000200/            appears by one rename, after everything in it was synced to disk
-        manifest.json           every file's size, SHA-256 and contents; counters and data state
+        manifest.json           every file's size, SHA-256 and contents; counters and data state; its own SHA-256
         rank-00000.safetensors  one per rank
       latest                    the newest one's name: a hint for people, never read by the program
       .tmp-step-00000300-5ae1/  a save that did not finish; never a candidate
@@ -16,6 +16,7 @@ Ranks write their files each on their own; when all have (mmpt/engine/saver.py s
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,9 @@ from typing import Any
 
 from mmpt import dist
 
-FORMAT = 1
+FORMAT = 2
+DIGEST = re.compile(rb'\{"sha256": "([0-9a-f]{64})", ')
+"""How a manifest begins: with the digest of what it would be without these characters but the first."""
 CHUNK_BYTES = 1 << 24  # written and digested at a time
 
 
@@ -159,8 +162,9 @@ def _part_path(temporary: Path, rank: int) -> Path:
 
 def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
     """Put the manifest in place at once, also where there is one."""
-    text = json.dumps({"format": FORMAT, **asdict(manifest)})
-    write_synced(checkpoint / ".manifest", text.encode())
+    body = json.dumps({"format": FORMAT, **asdict(manifest)}).encode()
+    digest = hashlib.sha256(body).hexdigest()
+    write_synced(checkpoint / ".manifest", b'{"sha256": "%s", ' % digest.encode() + body[1:])
     os.replace(checkpoint / ".manifest", checkpoint / "manifest.json")
     sync_directory(checkpoint)
 
@@ -184,9 +188,14 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """ValueError if there is none, or it is not one of ours."""
     path = checkpoint / "manifest.json"
     try:
-        data = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        data = json.loads(text)
         if data.pop("format") != FORMAT:
             raise ValueError("its format is not known to this version")
+        told = DIGEST.match(text)
+        if told is None or hashlib.sha256(b"{" + text[told.end() :]).hexdigest().encode() != told[1]:
+            raise ValueError("it does not match its own SHA-256")
+        del data["sha256"]
         data["files"] = tuple(
             SavedFile(f["name"], f["bytes"], f["sha256"], tuple(map(tuple, f["contents"]))) for f in data["files"]
         )
@@ -195,7 +204,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         return Manifest(**data)
     except FileNotFoundError:
         raise ValueError(f"{checkpoint} has no manifest.json") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
 
 

@@ -1,5 +1,6 @@
 """What is on disk is a whole checkpoint or is not one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from mmpt.engine import checkpoint_files
-from mmpt.engine.checkpoint_files import newest_valid, prune, publish, remove_leftovers, temporary_of, write_part
+from mmpt.engine.checkpoint_files import (
+    newest_valid,
+    prune,
+    publish,
+    read_manifest,
+    remove_leftovers,
+    temporary_of,
+    write_part,
+)
 from tests.ranks import run
 
 
@@ -52,6 +61,11 @@ def another_format(path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps(data | {"format": 99}))
 
 
+def change_the_data_state(path: Path) -> None:
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"data_state": 7', '"data_state": 3'))
+
+
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
@@ -61,6 +75,7 @@ def another_format(path: Path) -> None:
         (lambda path: (path / "manifest.json").unlink(), "no manifest.json"),
         (break_json, "is damaged"),
         (another_format, "not known"),
+        (change_the_data_state, "does not match its own SHA-256"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path, harm, reason: str) -> None:
@@ -69,6 +84,24 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path, har
     checkpoint, _, passed_over = newest_valid(tmp_path)
     assert checkpoint.name == "step-00000001"
     assert len(passed_over) == 1 and passed_over[0].startswith("step-00000002") and reason in passed_over[0]
+
+
+def test_no_byte_of_a_manifest_can_change_unseen(tmp_path: Path) -> None:
+    """Much of what changes in names and numbers leaves it valid JSON."""
+    checkpoint = put(tmp_path, 1)
+    path, still_json = checkpoint / "manifest.json", 0
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        text = bytearray(whole)
+        text[place] ^= 1 << place % 8
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+            read_manifest(checkpoint)
+        with contextlib.suppress(ValueError):
+            still_json += isinstance(json.loads(bytes(text)), dict)
+    assert still_json > 100
+    path.write_bytes(whole)
+    assert read_manifest(checkpoint).state == {"data_state": 7}
 
 
 def test_only_damaged_ones_is_an_error_and_none_is_not(tmp_path: Path) -> None:
