@@ -2,11 +2,13 @@
 
 import os
 import re
+import socket
 import ssl
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from urllib.parse import urlsplit
@@ -40,7 +42,7 @@ class _PromptConnection(HTTPConnection):
     """A connection on which an answer's headers must arrive within the timeout, however often a byte of them does."""
 
     def getresponse(self):  # type: ignore[no-untyped-def]
-        timer = threading.Timer(float(self.timeout or 60), self._cut)  # type: ignore[arg-type]
+        timer = threading.Timer(float(self.timeout or 60), _cut, (self.sock,))  # type: ignore[arg-type]
         timer.daemon = True
         timer.start()
         try:
@@ -48,9 +50,11 @@ class _PromptConnection(HTTPConnection):
         finally:
             timer.cancel()
 
-    def _cut(self) -> None:
-        if self.sock is not None:
-            self.sock.shutdown(2)
+
+def _cut(sock: socket.socket | None) -> None:
+    if sock is not None:
+        with suppress(OSError):  # it has been closed at the same moment
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 class _PromptSecureConnection(HTTPSConnection, _PromptConnection):
