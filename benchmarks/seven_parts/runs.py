@@ -99,8 +99,9 @@ def pool(jobs: int) -> ProcessPoolExecutor:
 
 def train_all(root: Path, runs: dict[Run, list[int]], jobs: int) -> None:
     """Side by side, `jobs` at a time with a core each."""
+    missing = {run: steps for run, steps in runs.items() if not all(run.checkpoint(root, s).exists() for s in steps)}
     with pool(jobs) as processes:
-        waiting = {run: processes.submit(train, root, run, steps) for run, steps in runs.items()}
+        waiting = {run: processes.submit(train, root, run, steps) for run, steps in missing.items()}
         for i, (run, future) in enumerate(waiting.items()):
             future.result()
             print(f"[{i + 1}/{len(waiting)}] {run}", flush=True)

@@ -27,12 +27,16 @@ PAIRS_AT_ONCE = 64
 
 def score(checkpoint: Path, data: Path, part: str) -> Path:
     """The file with the answers of a checkpoint, made if it is not there. data: the data set; part: of it."""
-    file = checkpoint.parents[1] / f"{checkpoint.name}-{part.replace('/', '-')}.npz"
+    file = answers_file(checkpoint, part)
     if not file.exists():
         torch.set_num_threads(1)
         recipe, method, _ = load_run(checkpoint, CPU)
         save(file, answers(recipe, method, data, part, VALIDATED if part == "validation" else GALLERY))
     return file
+
+
+def answers_file(checkpoint: Path, part: str) -> Path:
+    return checkpoint.parents[1] / f"{checkpoint.name}-{part.replace('/', '-')}.npz"
 
 
 def score_untrained(recipe: Recipe, file: Path, data: Path, part: str) -> Path:
