@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from mmpt import dist
 from mmpt.batch import Batch, Pictures, Tokens, concatenate
@@ -29,11 +29,11 @@ from mmpt.models.image import ViTConfig
 from mmpt.models.logit_scale import Temperature
 from mmpt.models.pooling import first_token
 from mmpt.models.transformer import BERT_DEVIATION, initialise_linear
-from mmpt.objectives.matching import hard_negatives, matching_score, soft_cross_entropy
+from mmpt.objectives.distillation import distilled_contrast, distilled_guesses
+from mmpt.objectives.matching import hard_negatives, matching_score
 from mmpt.ops.bounded import bounded
 from mmpt.ops.features import gather
 from mmpt.ops.packing import take
-from mmpt.ops.similarity import similarity
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,8 @@ class ALBEF(Method):
             image_m = copy.image(batch.pictures)
             vectors = copy.image_vector(image_m), copy.text_vector(copy.text(batch.text))
             answers = copy.guess(copy.text(masked), image_m, chosen).float().softmax(1)
-        words, alpha = batch.text.x[chosen], self.alpha()
-        each = (1 - alpha) * cross_entropy(guesses.float(), words, reduction="none")
-        each = each + alpha * soft_cross_entropy(guesses, answers)  # [M]
+        words = batch.text.x[chosen]
+        each = distilled_guesses(guesses, words, answers, self.alpha())  # [M]
         pair = batch.text.sequence_index()[chosen]
         sums = torch.stack([each, (guesses.argmax(1) == words).to(each)], 1)  # [M, 2]
         of_pairs = sums.new_zeros(len(batch), 2).index_add(0, pair, sums)
@@ -144,28 +143,22 @@ class ALBEF(Method):
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Term]]:
         """Logits [B, C + queue] of our images with texts of the copy, and of our texts with images of the copy; [B, C]
         which of these C pairs is ours; and the contrastive terms (equation 6)."""
-        image_v, text_v = self.encoders.image_vector(image), self.encoders.text_vector(text)
+        ours = self.encoders.image_vector(image), self.encoders.text_vector(text)
         images, texts = (gather(x.detach()) if self.config.scope == "global" else x.detach() for x in (image_m, text_m))
         first = dist.rank() * len(image_m) if self.config.scope == "global" else 0
         own = torch.zeros(len(image_m), len(images), dtype=torch.bool, device=image_m.device)
         own[:, first : first + len(image_m)].fill_diagonal_(True)
-        images, texts = torch.cat([images, self.image_queue]), torch.cat([texts, self.text_queue])  # type: ignore[list-item]
-        scale, alpha = self.temperature(), self.alpha()
-        i2t, t2i = scale * similarity(image_v, texts), scale * similarity(text_v, images)
-        target = torch.zeros_like(i2t).masked_fill_(nn.functional.pad(own, (0, len(self.image_queue))), 1.0)  # type: ignore[arg-type]
-        with torch.no_grad():
-            by_copy = [(scale * similarity(x, y)).softmax(1) for x, y in ((image_m, texts), (text_m, images))]
-            targets = [alpha * soft + (1 - alpha) * target for soft in by_copy]
-        loss = (soft_cross_entropy(i2t, targets[0]) + soft_cross_entropy(t2i, targets[1])).sum() / 2
+        candidates = torch.cat([images, self.image_queue]), torch.cat([texts, self.text_queue])  # type: ignore[list-item]
+        among_all, scale = nn.functional.pad(own, (0, len(self.image_queue))), self.temperature()  # type: ignore[arg-type]
+        found = distilled_contrast(ours, (image_m, text_m), candidates, among_all, scale, self.alpha())
         count = torch.full((), float(len(image_m)), device=image_m.device)
-        right = [(logits.argmax(1) == target.argmax(1)).sum() for logits in (i2t.detach(), t2i.detach())]
         terms = {
-            "contrastive": Term(loss, count),
-            "accuracy_i2t": Term(right[0], count, 0.0),
-            "accuracy_t2i": Term(right[1], count, 0.0),
+            "contrastive": Term(found.loss, count),
+            "accuracy_i2t": Term(found.right_i2t, count, 0.0),
+            "accuracy_t2i": Term(found.right_t2i, count, 0.0),
             "logit_scale": Term(scale.detach().sum(), torch.ones_like(count), 0.0),
         }
-        return i2t, t2i, own, terms
+        return found.i2t, found.t2i, own, terms
 
     def matching(
         self, image: Tokens, text: Tokens, i2t: Tensor, t2i: Tensor, own: Tensor, draws: Tensor

@@ -30,9 +30,3 @@ def hard_negatives(similarity: Tensor, own: Tensor, draws: Tensor) -> Tensor:
     cumulated = logits.softmax(1).cumsum(1)
     wanted = draws.to(cumulated)[:, None] * cumulated[:, -1:]
     return (cumulated <= wanted).sum(1).clamp(max=similarity.shape[1] - 1)
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """[B], - sum_j targets_j log softmax(logits)_j of each row: logits [B, C], targets [B, C] distributions."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    return -(targets * logits.to(exact).log_softmax(1)).sum(1)

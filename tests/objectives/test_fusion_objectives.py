@@ -7,7 +7,8 @@ from scipy.optimize import linprog
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
-from mmpt.objectives.matching import hard_negatives, matching_loss, matching_score, soft_cross_entropy
+from mmpt.objectives.distillation import soft_cross_entropy
+from mmpt.objectives.matching import hard_negatives, matching_loss, matching_score
 from mmpt.objectives.regions import class_divergence, class_regression, feature_regression, region_classes
 from mmpt.objectives.transport import costs, transport_distance, transport_plan
 
