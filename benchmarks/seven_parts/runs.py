@@ -6,7 +6,6 @@ tables, at equal samples and at equal FLOPs, are marks on the same curve.
 
 import json
 import os
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -77,16 +76,13 @@ class Run:
         return self.folder(root) / "checkpoints" / step_name(step)
 
 
-def train(root: Path, run: Run, steps: Iterable[int]) -> None:
-    """Train to each of these steps in turn, leaving a checkpoint there. RuntimeError if it failed; its log says why."""
-    for step in sorted(steps):
-        if run.checkpoint(root, step).exists():
-            continue
-        run.folder(root).mkdir(parents=True, exist_ok=True)
-        with open(run.folder(root) / "log", "a") as log, redirect_stdout(log), redirect_stderr(log):
-            status = mmpt.train.main([*run.flags(root, 10**9), "--run.stop_at_step", str(step)])
-        if status:
-            raise RuntimeError(f"{run} ended with status {status}: {run.folder(root) / 'log'}")
+def train(root: Path, run: Run, step: int) -> None:
+    """Train to this step and leave a checkpoint there. RuntimeError if it failed; its log says why."""
+    run.folder(root).mkdir(parents=True, exist_ok=True)
+    with open(run.folder(root) / "log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        status = mmpt.train.main([*run.flags(root, 10**9), "--run.stop_at_step", str(step)])
+    if status:
+        raise RuntimeError(f"{run} ended with status {status}: {run.folder(root) / 'log'}")
 
 
 def pool(jobs: int) -> ProcessPoolExecutor:
@@ -98,13 +94,18 @@ def pool(jobs: int) -> ProcessPoolExecutor:
 
 
 def train_all(root: Path, runs: dict[Run, list[int]], jobs: int) -> None:
-    """Side by side, `jobs` at a time with a core each."""
-    missing = {run: steps for run, steps in runs.items() if not all(run.checkpoint(root, s).exists() for s in steps)}
-    with pool(jobs) as processes:
-        waiting = {run: processes.submit(train, root, run, steps) for run, steps in missing.items()}
-        for i, (run, future) in enumerate(waiting.items()):
-            future.result()
-            print(f"[{i + 1}/{len(waiting)}] {run}", flush=True)
+    """Each to its steps, ascending; side by side, `jobs` at a time with a core each."""
+    for mark in range(max(map(len, runs.values()))):
+        missing = {
+            run: steps[mark]
+            for run, steps in runs.items()
+            if mark < len(steps) and not run.checkpoint(root, steps[mark]).exists()
+        }
+        with pool(jobs) as processes:
+            waiting = {run: processes.submit(train, root, run, step) for run, step in missing.items()}
+            for i, (run, future) in enumerate(waiting.items()):
+                future.result()
+                print(f"[{i + 1}/{len(waiting)}] {run}", flush=True)
 
 
 @cache

@@ -190,8 +190,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     try:
         text = path.read_bytes()
         data = json.loads(text)
-        if data.pop("format") != FORMAT:
-            raise ValueError("its format is not known to this version")
+        if (found := data.pop("format")) != FORMAT:
+            raise ValueError(f"its format is {found}, and this version of mmpt reads format {FORMAT} alone")
         told = DIGEST.match(text)
         if told is None or hashlib.sha256(b"{" + text[told.end() :]).hexdigest().encode() != told[1]:
             raise ValueError("it does not match its own SHA-256")
@@ -205,7 +205,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     except FileNotFoundError:
         raise ValueError(f"{checkpoint} has no manifest.json") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+        raise ValueError(f"{path} cannot be used: {error}") from None
 
 
 def damage(checkpoint: Path, manifest: Manifest, digests: bool = True) -> str:
