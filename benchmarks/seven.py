@@ -24,6 +24,7 @@ NAMES = {"clip": "CLIP", "align": "ALIGN", "slip": "SLIP", "filip": "FILIP", "vi
 TUNING_SEED, TUNING_SAMPLES = 100, 8192
 ABOVE_CHANCE = 1.5
 """Times chance: what counts as having learnt something."""
+PARTS = ("tables", "information", "noise")
 ALPHAS, NOISE = (0.0, 0.4), ("train", "shuffled-25", "shuffled-50")
 
 
@@ -39,16 +40,16 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, with a core each [2]")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to do [all]")
     parsed = parser.parse_args()
     root, lines = parsed.out.absolute(), list[str]()
     for data in prepare(root / "data", parsed.emoji):
         samples = parsed.samples if data == "scenes" else parsed.samples // 2  # there are fewer of them
         rates = tune(root, data, parsed.jobs)
-        lines += side_by_side(root, data, rates, samples, parsed.seeds, parsed.jobs)
-        if data == "scenes":
-            lines += bounds(root, rates, parsed.samples, parsed.seeds, parsed.jobs)
-            lines += noise(root, rates["albef"], parsed.samples // 2, parsed.seeds, parsed.jobs)
-    (root / "tables.md").write_text("\n".join(lines) + "\n")
+        for part, make in zip(PARTS, (side_by_side, bounds, noise), strict=True):
+            if part in parsed.parts and (data == "scenes" or part == "tables"):
+                lines += make(root, data, rates, samples, parsed.seeds, parsed.jobs)
+                (root / "tables.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
@@ -142,7 +143,7 @@ def text_only(root: Path) -> float:
     return text_only_twins(fit_bigrams(train), captions, [scene["twin"]["caption"] for scene in held])
 
 
-def bounds(root: Path, rates: dict[str, float], samples: int, seeds: int, jobs: int) -> list[str]:
+def bounds(root: Path, data: str, rates: dict[str, float], samples: int, seeds: int, jobs: int) -> list[str]:
     """log N - L_ITC of CLIP and ALBEF against what there is to know; a table, and OUT/information.svg."""
     fresh = root / "data/scenes-fresh"
     if not fresh.exists():
@@ -151,8 +152,8 @@ def bounds(root: Path, rates: dict[str, float], samples: int, seeds: int, jobs: 
         waiting = {
             NAMES[m]: [
                 processes.submit(
-                    information.bounds, Run(m, "scenes", seed, rates[m]).checkpoint(root, samples // BATCH),
-                    root / "data/scenes", fresh,
+                    information.bounds, Run(m, data, seed, rates[m]).checkpoint(root, samples // BATCH),
+                    root / "data" / data, fresh,
                 )
                 for seed in range(seeds)
             ]
@@ -163,10 +164,11 @@ def bounds(root: Path, rates: dict[str, float], samples: int, seeds: int, jobs: 
     return ["### scenes, log N - L_ITC and what there is to know", "", *information.table(found), ""]
 
 
-def noise(root: Path, lr: float, samples: int, seeds: int, jobs: int) -> list[str]:
-    """ALBEF with and without distillation, where so many captions in a hundred are another picture's."""
-    step = samples // BATCH
-    runs = [Run("albef", "scenes", s, lr, shards, alpha) for s in range(seeds) for shards in NOISE for alpha in ALPHAS]
+def noise(root: Path, data: str, rates: dict[str, float], samples: int, seeds: int, jobs: int) -> list[str]:
+    """ALBEF with and without distillation, where so many captions in a hundred are another picture's, after half
+    the pairs."""
+    step, lr = samples // 2 // BATCH, rates["albef"]
+    runs = [Run("albef", data, s, lr, shards, alpha) for s in range(seeds) for shards in NOISE for alpha in ALPHAS]
     train_all(root, {run: [step] for run in runs}, jobs)
     files = scored(root, [(run, step, "test") for run in runs], jobs)
     fused, vectors = tables.Answers(), tables.Answers()
