@@ -4,7 +4,6 @@ import math
 import tarfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,9 @@ from mmpt.data.decode import ImageError
 from mmpt.data.image import ImageConfig, decode, evaluation_image, jitter, training_image
 from mmpt.data.randomness import generator
 from tests.data.shards import picture
+from tests.shared_data import shared_data
 
-PHOTOS = Path(__file__).parents[2] / "../shared/data/photos/imagenet-samples-400.tar"
+PHOTOS = "photos/imagenet-samples-400.tar"
 WHITE, MANY = (255, 255, 255), 10**9
 
 
@@ -215,10 +215,8 @@ def test_values_out_of_range_are_refused(wrong: dict):
 
 
 def test_real_photographs_decode_as_pillow_decodes_them():
-    if not PHOTOS.exists():
-        pytest.skip("needs ../shared/data/photos")
     worst = 0.0
-    with tarfile.open(PHOTOS) as tar:
+    with tarfile.open(shared_data(PHOTOS)) as tar:
         for member in [entry for entry in tar if entry.isfile()][:60]:
             data = tar.extractfile(member).read()  # type: ignore[union-attr]
             upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")

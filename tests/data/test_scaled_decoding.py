@@ -4,7 +4,6 @@ import io
 import math
 import tarfile
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,9 @@ from mmpt.data.crop import dct_factor, random_crop_box, snapped
 from mmpt.data.decode import DCT_FACTORS, ImageError, decode_pixels, read_header
 from mmpt.data.image import ImageConfig, decode, evaluation_image, training_image
 from mmpt.data.randomness import generator
+from tests.shared_data import shared_data
 
-PHOTOS = Path(__file__).parents[2] / "../shared/data/photos/imagenet-samples-400.tar"
+PHOTOS = "photos/imagenet-samples-400.tar"
 MANY = 10**9
 
 
@@ -80,10 +80,8 @@ def test_as_good_as_full_decoding(crop_scale: tuple[float, float]):
 @pytest.mark.parametrize("size", [224, 112])
 @pytest.mark.parametrize("crop_scale", [(0.9, 1.0), (0.08, 1.0)])
 def test_photographs_as_good_as_full_decoding(crop_scale: tuple[float, float], size: int):
-    if not PHOTOS.exists():
-        pytest.skip("needs ../shared/data/photos")
     config = ImageConfig(crop_scale=crop_scale)
-    with tarfile.open(PHOTOS) as tar:
+    with tarfile.open(shared_data(PHOTOS)) as tar:
         photos = [tar.extractfile(member).read() for member in tar if member.isfile()]  # type: ignore[union-attr]
     quality = [training_decibels(data, size, config, i)[0] for i, data in enumerate(photos)]
     assert len(photos) == 400 and np.mean(quality) >= 40 and min(quality) >= 30

@@ -23,8 +23,8 @@ from mmpt.inputs import InputSpec
 from tests.data.shards import caption, picture
 from tests.data_tools.delivery import index_and_load
 from tests.data_tools.readback import read_back, samples
+from tests.shared_data import FOLDER
 
-SHARED = Path(os.environ.get("MMPT_SHARED_DATA", Path(__file__).parents[2] / "../shared/data"))
 PYTHON = "MMPT_IMG2DATASET_PYTHON"
 NOT_FOUND = "HTTP Error 404: Not Found"
 DOWNLOAD = "import json, sys, img2dataset\nif __name__ == '__main__': img2dataset.download(**json.loads(sys.argv[1]))"
@@ -160,8 +160,8 @@ def test_the_program_itself(tmp_path: Path, tokenizer: str, inputs: InputSpec, o
     if not os.environ.get(PYTHON):
         pytest.skip(f"needs {PYTHON}: an interpreter with img2dataset")
     files = {f"/made/{i}.{kind}": picture(i, kind) for i in range(12) for kind in ("jpg", "png", "webp")}
-    files |= real_images(SHARED / "photos/imagenet-samples-400.tar", 30)
-    files |= real_images(SHARED / "emoji/noto-emoji-128px.tar", 30)
+    files |= real_images(FOLDER / "photos/imagenet-samples-400.tar", 30)
+    files |= real_images(FOLDER / "emoji/noto-emoji-128px.tar", 30)
     with image_server(files | {"/broken/0": b"<html>", "/broken/1": files["/made/0.jpg"][:200]}) as address:
         paths = list(files)
         paths[3:3] = ["/gone/0", "/broken/0", "/gone/1"]

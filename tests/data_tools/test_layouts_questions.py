@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import tarfile
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from tests.data.shards import picture
 from tests.data_tools.delivery import index_and_load
 from tests.data_tools.layouts import failure, pack, write_images
 from tests.data_tools.readback import read_back
-
-NLVR = Path(os.environ.get("MMPT_SHARED_DATA", Path(__file__).parents[2] / "../shared/data")) / "nlvr"
+from tests.shared_data import shared_data
 
 
 def vqa(subset: str, ids: list[tuple[int, int]]) -> tuple[dict, dict]:
@@ -197,12 +195,11 @@ def test_nlvr2_has_two_images_in_a_sample(tmp_path: Path, tokenizer: str, inputs
 @pytest.mark.parametrize(("split", "examples"), [("dev", 989), ("test", 990)])
 def test_the_published_nlvr(tmp_path: Path, split: str, examples: int):
     """Every example of the corpus, read back and held against a plain reading of its file."""
-    if not NLVR.exists():
-        pytest.skip("needs ../shared/data/nlvr")
-    rows = [json.loads(line) for line in (NLVR / f"{split}.jsonl").read_text().splitlines()]
-    with tarfile.open(NLVR / f"{split}-images.tar") as tar:
+    nlvr = shared_data("nlvr")
+    rows = [json.loads(line) for line in (nlvr / f"{split}.jsonl").read_text().splitlines()]
+    with tarfile.open(nlvr / f"{split}-images.tar") as tar:
         stored = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}  # type: ignore[union-attr]
-    arguments = [NLVR / f"{split}-images.tar", NLVR / f"{split}.jsonl", tmp_path / "out"]
+    arguments = [nlvr / f"{split}-images.tar", nlvr / f"{split}.jsonl", tmp_path / "out"]
     main(["pack", *map(str, arguments), "--layout", "nlvr"])
     found = read_back(tmp_path / "out")
     assert len(rows) == examples and len(found) == 6 * examples == len(stored)

@@ -17,8 +17,7 @@ from mmpt.data.image import decode
 from mmpt.data.manifest import FILE_NAME, load_manifest
 from tests.data.shards import caption, picture
 from tests.data_tools.readback import samples
-
-EMOJI = Path(__file__).parents[2] / "../shared/data/emoji"
+from tests.shared_data import shared_data
 
 
 @pytest.fixture
@@ -217,10 +216,9 @@ def test_existing_shards_and_damaged_archives_are_refused(images: Path, tmp_path
 
 @pytest.mark.slow
 def test_the_emoji_pairs(tmp_path: Path):
-    if not EMOJI.exists():
-        pytest.skip("needs ../shared/data/emoji")
+    emoji = shared_data("emoji")
     main([
-        "pack", str(EMOJI / "noto-emoji-128px.tar"), str(EMOJI / "captions.tsv"), str(tmp_path),
+        "pack", str(emoji / "noto-emoji-128px.tar"), str(emoji / "captions.tsv"), str(tmp_path),
         "--image-column", "file", "--caption-column", "en", "--validation-fraction", "0.15",
         "--split-group", "emoji_u([0-9a-f]+)",
     ])  # fmt: skip

@@ -1,7 +1,6 @@
 """Real photographs and emoji: packed, indexed, and delivered once each by the training loader."""
 
 import json
-import os
 import re
 import tarfile
 from pathlib import Path
@@ -12,16 +11,13 @@ from data_tools.__main__ import main
 from mmpt.inputs import InputSpec
 from tests.data_tools.delivery import index_and_load
 from tests.data_tools.readback import read_back
-
-SHARED = Path(os.environ.get("MMPT_SHARED_DATA", Path(__file__).parents[2] / "../shared/data"))
+from tests.shared_data import shared_data
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resize", [[], ["--resize", "64"]], ids=["original size", "resized"])
 def test_photographs(tmp_path: Path, tokenizer: str, inputs: InputSpec, resize: list[str]):
-    archive = SHARED / "photos" / "imagenet-samples-400.tar"
-    if not archive.exists():
-        pytest.skip("needs ../shared/data/photos")
+    archive = shared_data("photos/imagenet-samples-400.tar")
     with tarfile.open(archive) as tar:
         stored = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}  # type: ignore[union-attr]
     table = tmp_path / "captions.jsonl"
@@ -39,10 +35,9 @@ def test_photographs(tmp_path: Path, tokenizer: str, inputs: InputSpec, resize: 
 
 @pytest.mark.slow
 def test_emoji(tmp_path: Path, tokenizer: str, inputs: InputSpec):
-    if not (SHARED / "emoji").exists():
-        pytest.skip("needs ../shared/data/emoji")
+    emoji = shared_data("emoji")
     main([
-        "pack", str(SHARED / "emoji/noto-emoji-128px.tar"), str(SHARED / "emoji/captions.tsv"), str(tmp_path / "out"),
+        "pack", str(emoji / "noto-emoji-128px.tar"), str(emoji / "captions.tsv"), str(tmp_path / "out"),
         "--image-column", "file", "--caption-column", "en",
     ])  # fmt: skip
     delivered = index_and_load(tmp_path / "out", tokenizer, inputs, batch=32)

@@ -93,8 +93,12 @@ class _Plan:
 
     def blocks(self, v: Tensor, text: Features) -> Iterator[tuple[Features, slice, slice]]:
         """The images, as many at a time as may be scored with these texts."""
-        at_a_time = max(1, self.config.score_bytes // (8 * max(1, sequences(text))))
-        return cut(with_values(self.layout, v), at_a_time)
+        return blocks(with_values(self.layout, v), text, self.config.score_bytes)
+
+
+def blocks(image: Features, text: Features, score_bytes: int) -> Iterator[tuple[Features, slice, slice]]:
+    """The images, as many at a time as two scores each with these texts fit into so many bytes of fp32."""
+    return cut(image, max(1, score_bytes // (8 * max(1, sequences(text)))))
 
 
 class _Scored(NamedTuple):

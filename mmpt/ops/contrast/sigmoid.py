@@ -7,7 +7,6 @@ loss.py, cosines lie in memory for as many images at a time as fit, are kept for
 are computed again there otherwise; texts are gathered, or pass by in a ring (section 3.3 there).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from mmpt.ops.contrast.loss import Contrast, ContrastConfig, slabs
+from mmpt.ops.contrast.loss import Contrast, ContrastConfig, blocks, slabs
 from mmpt.ops.contrast.softmax import Softmax
 from mmpt.ops.contrast.targets import Targets, targets_of
 from mmpt.ops.contrast.texts import Texts, exchange
-from mmpt.ops.features import Features, cut, values
+from mmpt.ops.features import Features, values
 from mmpt.ops.similarity import similarity
 
 
@@ -40,11 +39,6 @@ class _Plan:
     targets: Targets
     score_bytes: int
 
-    def blocks(self, v: Tensor, text: Features) -> Iterator[tuple[Tensor, slice]]:
-        """The images, as many at a time as may be scored with these texts."""
-        for image, images, _ in cut(v, max(1, self.score_bytes // (8 * max(1, len(values(text)))))):
-            yield values(image), images
-
 
 class _Sigmoid(torch.autograd.Function):
     @staticmethod
@@ -56,8 +50,8 @@ class _Sigmoid(torch.autograd.Function):
         over_texts, over_images = Softmax(pairs, 1, exact, v.device), Softmax(count, 0, exact, v.device)
         loss = v.new_zeros((), dtype=exact)
         for columns, text in plan.texts.visits(t):
-            for image, images in plan.blocks(v, text):
-                cosines = similarity(image, values(text))
+            for image, images, _ in blocks(v, text, plan.score_bytes):
+                cosines = similarity(values(image), values(text))
                 if cosines.shape == (pairs, count) and any(ctx.needs_input_grad):
                     ctx.kept = cosines
                 for slab, rows in slabs(images, cosines.shape[1]):
@@ -83,8 +77,8 @@ class _Sigmoid(torch.autograd.Function):
 
         def gradient_of(columns: slice, text: Features) -> Tensor:
             grad_text = torch.zeros_like(values(text), dtype=grad_loss.dtype)
-            for image, images in plan.blocks(v, text):
-                cosines = similarity(image, values(text)) if ctx.kept is None else ctx.kept
+            for image, images, _ in blocks(v, text, plan.score_bytes):
+                cosines = similarity(values(image), values(text)) if ctx.kept is None else ctx.kept
                 ctx.kept = None
                 for slab, rows in slabs(images, cosines.shape[1]):
                     logits, positive = scale * cosines[slab] + bias, plan.targets.positive(rows, columns)
@@ -94,7 +88,7 @@ class _Sigmoid(torch.autograd.Function):
                     grad_bias.add_(by_logits.sum())
                     cosines[slab] = scale * by_logits  # in place of what is no longer needed
                 grad_v[images] += similarity(cosines, values(text).T)  # cosines @ text
-                grad_text += similarity(cosines.T, image.T)
+                grad_text += similarity(cosines.T, values(image).T)
             return grad_text
 
         grad_t = plan.texts.collect(t, gradient_of)
