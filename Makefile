@@ -43,6 +43,7 @@ check: install
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q -m "not slow"
 
+# Every benchmark, one after another: hours, of which seven.py takes most. Each can be run alone.
 bench: install
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
 

@@ -1,6 +1,6 @@
 """The seven systems side by side: the tiny recipes on drawn scenes and on emoji, three seeds, two CPU cores.
 
-    python benchmarks/seven.py runs/seven --emoji DIR [--samples 32768] [--seeds 3] [--jobs 2]
+    python benchmarks/seven.py [runs/seven] [--emoji DIR] [--samples 32768] [--seeds 3] [--jobs 2] [--parts ...]
 
 In order, and each left out where it has been done before: data; a learning rate for each method, the best of three on
 a validation part after 8,192 pairs, by the mean of R@1, R@5 and R@10, or by the training loss where none has left
@@ -30,7 +30,7 @@ ALPHAS, NOISE = (0.0, 0.4), ("train", "shuffled-25", "shuffled-50")
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/seven"), help="goes on there [runs/seven]")
     parser.add_argument("--emoji", type=Path)
     parser.add_argument(
         "--samples",
